@@ -1,0 +1,200 @@
+"""What a virtual network can be told: plain frozen values with VPNKit's defaults.
+
+`pyvpnkit.config` fills these from YAML and the command line; nothing here reads a file. Addresses are dotted text at this
+edge and become 4-octet `bytes` (network order) inside the stack.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from netstack.errors import ConfigError
+
+DEFAULT_GATEWAY_MAC = "f6:16:36:bc:f9:c6"
+
+
+def parse_mac(text: str) -> bytes:
+    """Six octets of `aa:bb:cc:dd:ee:ff` (also with `-`); raises `ConfigError` on anything else."""
+    parts = text.replace("-", ":").split(":")
+    try:
+        octets = bytes(int(part, 16) for part in parts)
+    except ValueError:
+        octets = b""
+    if len(parts) != 6 or len(octets) != 6:
+        raise ConfigError(f"{text!r} is not a MAC address; write six hexadecimal octets such as 02:00:00:00:00:01")
+    return octets
+
+
+def format_mac(octets: bytes) -> str:
+    """`aa:bb:cc:dd:ee:ff` of six octets."""
+    return octets.hex(":")
+
+
+def parse_ipv4(text: str, setting: str = "address") -> bytes:
+    """Four octets of a dotted IPv4 address; raises `ConfigError` that names `setting`."""
+    try:
+        return ipaddress.IPv4Address(text).packed
+    except ValueError:
+        raise ConfigError(f"{setting}: {text!r} is not an IPv4 address; write it as in 192.168.65.1") from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a guest can make us hold; each bound has a counter of the same name in `Counters`."""
+
+    max_flows: int = 16384
+    """TCP flows of all guests together; a SYN beyond it is answered RST after the oldest closed ones are let go."""
+    max_udp_flows: int = 1024
+    """UDP mappings (one host socket each) of one guest; beyond it the one idle longest goes (VPNKit: 1024)."""
+    max_pings: int = 256
+    """Ping sockets (one per guest address, identifier and destination)."""
+    max_neighbours: int = 256
+    """Guest addresses and MAC addresses learnt, per network."""
+    max_fragments: int = 64
+    """Datagrams being reassembled at once."""
+    max_fragment_octets: int = 4 << 20
+    """Octets held for reassembly, all datagrams together."""
+    max_leases_per_port: int = 16
+    """DHCP leases that one link may hold."""
+    flow_buffer: int = 1 << 20
+    """Octets held per TCP flow and direction before back-pressure stops the sender."""
+    descriptor_reserve: int = 64
+    """Descriptors kept free for listeners, DNS and control when guests use up the rest."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeouts:
+    """Seconds. `0` for `tcp_idle_s` means never (the default)."""
+
+    tcp_connect_s: float = 127.0
+    """A host connect that takes longer is given up with ICMP host unreachable; the host's own limit usually comes first."""
+    tcp_idle_s: float = 0.0
+    """Reset a TCP flow idle this long; VPNKit's notorious 300 s is off by default."""
+    tcp_user_s: float = 900.0
+    """Data the guest leaves unacknowledged this long resets the flow (RFC 9293 3.8.3)."""
+    tcp_fin_wait_s: float = 60.0
+    """A half-closed flow whose host socket is gone waits this long for the guest's FIN."""
+    tcp_time_wait_s: float = 10.0
+    """TIME_WAIT on a one-hop link."""
+    udp_idle_s: float = 90.0
+    """A UDP mapping unused in both directions."""
+    udp_short_s: float = 5.0
+    """The same once a DNS or NTP exchange was answered."""
+    ping_idle_s: float = 60.0
+    """An ICMP echo identifier unused (VPNKit: 60 s)."""
+    reassembly_s: float = 30.0
+    """RFC 791 / RFC 1122 3.3.2: incomplete datagrams."""
+    grace_s: float = 5.0
+    """After SIGTERM: how long flows may finish."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """One virtual network as its guests see it. VPNKit's defaults; checked at construction (`ConfigError`)."""
+
+    subnet: str = "192.168.65.0/24"
+    gateway: str = "192.168.65.1"
+    """Router, DHCP, DNS (53) and NTP (123) server."""
+    host_alias: str | None = "192.168.65.2"
+    """The host's 127.0.0.1 as the guest reaches it; `None` turns it off."""
+    pool_first: str | None = None
+    """First address for guests; default: the first of the subnet after gateway and host alias."""
+    pool_last: str | None = None
+    """Last address for guests; default: the last usable one of the subnet."""
+    gateway_mac: str = DEFAULT_GATEWAY_MAC
+    mtu: int = 1500
+    """IP MTU of the virtual link, announced by DHCP; frames are up to 14 octets longer."""
+    domain: str | None = "internal"
+    """DHCP option 15 and the domain of lease host names."""
+    search: tuple[str, ...] = ()
+    """DHCP option 119."""
+    dns_servers: tuple[str, ...] = ()
+    """DHCP option 6; empty means the gateway."""
+    ntp_servers: tuple[str, ...] = ()
+    """DHCP option 42; empty means the gateway."""
+    gateway_names: tuple[str, ...] = ("gateway.internal",)
+    host_names: tuple[str, ...] = ("host.internal",)
+    static_leases: Mapping[str, str] = field(default_factory=dict)
+    """MAC address -> IPv4 address."""
+    lease_s: int = 86400
+    """DHCP lease time; renewals are answered from the stored table, also after a restart."""
+    routed: tuple[str, ...] = ()
+    """Prefixes behind guests whose packets are accepted as source besides the subnet."""
+    strict_sources: bool = False
+    """Accept only leased addresses as source."""
+    udp_filtering: str = "independent"
+    """`independent` (any remote may answer, hole punching works) or `endpoint`."""
+    allow: tuple[str, ...] = ()
+    """Prefixes exempt from the built-in refusals (host loopback spellings, link-local, metadata)."""
+    limits: Limits = field(default_factory=Limits)
+    timeouts: Timeouts = field(default_factory=Timeouts)
+
+    def __post_init__(self) -> None:
+        try:
+            network = ipaddress.IPv4Network(self.subnet)
+        except ValueError as error:
+            raise ConfigError(f"subnet: {self.subnet!r} ({error}); write a network such as 192.168.65.0/24") from None
+        if network.prefixlen > 29:
+            raise ConfigError(f"subnet: {self.subnet!r} has no room for gateway, host alias and guests; use /29 or larger")
+        fixed: dict[str, str] = {"gateway": self.gateway}
+        if self.host_alias is not None:
+            fixed["host_alias"] = self.host_alias
+        for name, text in fixed.items():
+            address = ipaddress.IPv4Address(parse_ipv4(text, name))
+            if address not in network or address in (network.network_address, network.broadcast_address):
+                raise ConfigError(f"{name}: {text} is not a usable address of {self.subnet}")
+        if self.host_alias == self.gateway:
+            raise ConfigError(f"host_alias: {self.host_alias} is the gateway; the two must differ")
+        if not 576 <= self.mtu <= 65520:
+            raise ConfigError(f"mtu: {self.mtu} is outside 576..65520")
+        if self.udp_filtering not in ("independent", "endpoint"):
+            raise ConfigError(f"udp_filtering: {self.udp_filtering!r}; use 'independent' or 'endpoint'")
+        parse_mac(self.gateway_mac)
+        for mac, address_text in self.static_leases.items():
+            parse_mac(mac)
+            if ipaddress.IPv4Address(parse_ipv4(address_text, "static_leases")) not in network:
+                raise ConfigError(f"static_leases: {address_text} is not in {self.subnet}")
+        first, last = self.pool
+        if first > last:
+            raise ConfigError(f"pool: {first} comes after {last}; give pool_first before pool_last inside {self.subnet}")
+
+    @cached_property
+    def network(self) -> ipaddress.IPv4Network:
+        return ipaddress.IPv4Network(self.subnet)
+
+    @cached_property
+    def gateway_bytes(self) -> bytes:
+        return parse_ipv4(self.gateway)
+
+    @cached_property
+    def host_alias_bytes(self) -> bytes | None:
+        return None if self.host_alias is None else parse_ipv4(self.host_alias)
+
+    @cached_property
+    def gateway_mac_bytes(self) -> bytes:
+        return parse_mac(self.gateway_mac)
+
+    @cached_property
+    def pool(self) -> tuple[ipaddress.IPv4Address, ipaddress.IPv4Address]:
+        """First and last address a guest may be given, both inclusive."""
+        network = self.network
+        taken = {ipaddress.IPv4Address(self.gateway)}
+        if self.host_alias is not None:
+            taken.add(ipaddress.IPv4Address(self.host_alias))
+        if self.pool_first is not None:
+            first = ipaddress.IPv4Address(parse_ipv4(self.pool_first, "pool_first"))
+        else:
+            first = network.network_address + 1
+            while first in taken:
+                first += 1
+        if self.pool_last is not None:
+            last = ipaddress.IPv4Address(parse_ipv4(self.pool_last, "pool_last"))
+        else:
+            last = network.broadcast_address - 1
+        for name, address in (("pool_first", first), ("pool_last", last)):
+            if address not in network:
+                raise ConfigError(f"{name}: {address} is not in {self.subnet}")
+        return first, last
