@@ -1,0 +1,147 @@
+"""The seams: what links offer the stack, and what services (DNS, NTP, port forwarding) program against.
+
+Nothing here imports the rest of the project. Times are seconds on a clock that never goes back; addresses inside the stack
+are `bytes` in network order (4 octets for IPv4), ports are ints.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+Clock: TypeAlias = Callable[[], float]
+"""Monotonic seconds: `time.monotonic`, or a test's own."""
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+
+Frame: TypeAlias = tuple[Buffer, ...]
+"""One frame to send, scattered: the concatenation is the link's `headroom` octets, then the Ethernet frame without FCS."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """An address and a port; `address` in network order."""
+
+    address: bytes
+    port: int
+
+    @classmethod
+    def of(cls, text: str, port: int) -> Endpoint:
+        """`Endpoint.of("192.168.65.3", 80)`; raises `OSError` when the text is no numeric address."""
+        family = socket.AF_INET6 if ":" in text else socket.AF_INET
+        return cls(socket.inet_pton(family, text), port)
+
+    @property
+    def text(self) -> str:
+        """The address alone as text."""
+        return socket.inet_ntop(socket.AF_INET if len(self.address) == 4 else socket.AF_INET6, self.address)
+
+    def __str__(self) -> str:
+        return f"[{self.text}]:{self.port}" if len(self.address) == 16 else f"{self.text}:{self.port}"
+
+
+@runtime_checkable
+class Link(Protocol):
+    """A pipe for batches of Ethernet frames to one guest (or to the hypervisor that runs it).
+
+    Every frame, both ways, begins with `headroom` octets that belong to the link: the length prefix of a stream, the
+    virtio-net header of a TAP, nothing on a datagram socket. So a sender builds a frame with its prefix in one go and a
+    receiver parses at a fixed offset. A link never blocks and never raises for a bad frame; `LinkDown` says the peer is gone.
+    """
+
+    name: str
+    """`scheme:address` for people and captures."""
+    headroom: int
+    mtu: int
+    """Largest IP datagram in one ordinary frame, octets."""
+    max_frame: int
+    """Largest Ethernet frame accepted from the peer, octets without headroom."""
+    tso: int
+    """Largest TCP payload of one super-frame the peer takes (it segments); 0 where every frame must fit the MTU."""
+    partial_checksums: bool
+    """The headroom is a virtio-net header: checksums may be left to the peer, and may be missing in what arrives."""
+
+    def fileno(self) -> int:
+        """The descriptor that becomes readable when frames wait."""
+        ...
+
+    def receive(self) -> Sequence[memoryview]:
+        """Frames that wait, prefix included, at most one batch; empty when there is none. Raises `LinkDown`.
+
+        The views are valid until the next call of `receive`.
+        """
+        ...
+
+    def send(self, frames: Sequence[Frame]) -> int:
+        """Hand over frames in order; return how many were taken (less when the peer does not read). Raises `LinkDown`.
+
+        Views may be reused by the caller after the call: a link copies what it must keep. A frame the peer can never take
+        counts as taken and is counted as a drop.
+        """
+        ...
+
+    def flush(self) -> bool:
+        """Push what `send` kept back; `True` when nothing is left. Called when the descriptor is writable again."""
+        ...
+
+    def prefix(self, octets: int) -> bytes:
+        """The `headroom` octets for a complete ordinary frame of `octets` octets (checksums filled in, no offload)."""
+        ...
+
+    def close(self) -> None: ...
+
+
+Reply: TypeAlias = Callable[[bytes], None]
+"""Send one datagram back to the asker; harmless after the asker is gone."""
+
+DatagramHandler: TypeAlias = Callable[[bytes, Endpoint, Reply], None]
+"""`handler(payload, source, reply)`: may keep `reply` and call it later, from the event loop."""
+
+StreamHandler: TypeAlias = Callable[[asyncio.StreamReader, asyncio.StreamWriter, Endpoint], Awaitable[None]]
+"""`handler(reader, writer, source)` serves one TCP connection of a guest; its task is held by the stack."""
+
+
+class Services(Protocol):
+    """What a service on one of the network's own addresses needs: the gateway's DNS, NTP, and what later comes there."""
+
+    def serve_datagrams(self, address: bytes, port: int, handler: DatagramHandler) -> None: ...
+
+    def serve_streams(self, address: bytes, port: int, handler: StreamHandler) -> None: ...
+
+
+class Dialer(Protocol):
+    """Connections into the guest, from the host side."""
+
+    def dial(
+        self,
+        guest: Endpoint,
+        sock: socket.socket,
+        *,
+        source: Endpoint | None = None,
+        on_close: Callable[[str], None] | None = None,
+    ) -> None:
+        """Carry a connected host stream socket into the guest as a new TCP connection to `guest`.
+
+        The stack owns `sock` from here on. The guest sees `source` (default: the gateway and a fresh port). A refusal
+        resets `sock`. `on_close(reason)` is called once, when the flow has ended.
+        """
+        ...
+
+    def datagrams(self, guest: Endpoint, sock: socket.socket) -> Datagrams:
+        """Carry the datagrams that arrive at the bound host socket `sock` to `guest`, and its answers back to each peer."""
+        ...
+
+
+class Datagrams(Protocol):
+    """A published UDP port; `close` ends it and its socket."""
+
+    def close(self) -> None: ...
+
+
+class Subscriber(Protocol):
+    """Takes typed events (`netstack.observe.events`)."""
+
+    def __call__(self, event: Any, /) -> None: ...

@@ -1,0 +1,141 @@
+"""Typed events: what is worth knowing, once. Log lines, metrics and the control API are subscribers.
+
+Addresses are text here, because events are for people and for JSON; nothing on the per-frame path makes one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+log = logging.getLogger("pyvpnkit")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Base; `time` is seconds on the stack's clock."""
+
+    time: float
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    def __str__(self) -> str:
+        fields = " ".join(f"{key}={value!r}" if isinstance(value, str) and not value.isprintable() else f"{key}={value}"
+                          for key, value in asdict(self).items() if key != "time")
+        return f"{self.name} {fields}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkUp(Event):
+    link: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkLost(Event):
+    link: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseGiven(Event):
+    address: str
+    mac: str
+    hostname: str
+    lease_s: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseReleased(Event):
+    address: str
+    mac: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlowOpened(Event):
+    protocol: str
+    guest: str
+    remote: str
+    direction: str
+    """`outbound` (guest opened) or `inbound` (a published port)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlowClosed(Event):
+    protocol: str
+    guest: str
+    remote: str
+    reason: str
+    octets_outbound: int
+    octets_inbound: int
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlowRefused(Event):
+    protocol: str
+    guest: str
+    remote: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardAdded(Event):
+    forward: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardRemoved(Event):
+    forward: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaptureStopped(Event):
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contained(Event):
+    """A bug of ours ended one flow; the traceback is in the log once."""
+
+    where: str
+    error: str
+
+
+class EventBus:
+    """Passes each event to every subscriber; one that raises is dropped, so that no observer can harm the network."""
+
+    def __init__(self) -> None:
+        self._subscribers: list[Callable[[Event], None]] = []
+
+    def subscribe(self, subscriber: Callable[[Event], None]) -> Callable[[], None]:
+        """Add a subscriber; returns the function that removes it."""
+        self._subscribers.append(subscriber)
+
+        def unsubscribe() -> None:
+            if subscriber in self._subscribers:
+                self._subscribers.remove(subscriber)
+
+        return unsubscribe
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anyone listens; callers may skip making an event."""
+        return bool(self._subscribers)
+
+    def emit(self, event: Event) -> None:
+        for subscriber in tuple(self._subscribers):
+            try:
+                subscriber(event)
+            except Exception:  # an observer's fault must not reach the network
+                log.exception("event subscriber %r failed and is removed", subscriber)
+                self._subscribers.remove(subscriber)
+
+
+def as_dict(event: Event) -> dict[str, Any]:
+    """JSON form: the fields, and `event` with the type's name."""
+    return {"event": event.name, **asdict(event)}
