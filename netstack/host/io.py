@@ -1,0 +1,157 @@
+"""The one place host sockets come from and where their readiness is noticed.
+
+`HostIO` is a seam of two parts. `socket` makes a non-blocking, close-on-exec socket; tests hand in one whose sockets are
+played by a script, fault tests one that fails at the n-th call. `watch` registers a descriptor *once*, edge-triggered for
+reading, writing and peer shutdown (or level-triggered for reading, as links want it), with the function to call; `poll`
+returns what is ready. On Linux that is one private `epoll`, elsewhere `kqueue`; the whole set is a single descriptor in the
+asyncio loop, which costs 30 % less CPU per connection than a reader per socket (spec dataplane A).
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any, Final, Protocol, TypeAlias
+
+READ: Final = 1
+"""Octets, a datagram or a connection wait (epoll's own numbers, so the Linux path translates nothing)."""
+WRITE: Final = 4
+ERROR: Final = 8
+HANGUP: Final = 16
+READ_CLOSED: Final = 0x2000
+"""The peer will send no more (EPOLLRDHUP)."""
+
+_EDGE: Final = 1 << 31
+
+Ready: TypeAlias = Callable[[int], None]
+"""Called with the mask of what is ready."""
+
+
+class HostIO(Protocol):
+    def socket(self, family: int, kind: int, protocol: int = 0) -> Any:
+        """A new non-blocking socket (the methods of `socket.socket` that the stack uses). Raises `OSError`."""
+        ...
+
+    def watch(self, fd: int, ready: Ready, *, edge: bool = True) -> None:
+        """Call `ready(mask)` when `fd` becomes readable, writable or closed; `edge=False`: while it is readable."""
+        ...
+
+    def want_write(self, fd: int, wanted: bool) -> None:
+        """For a descriptor watched with `edge=False`: also call while it is writable, or no longer."""
+        ...
+
+    def unwatch(self, fd: int) -> None:
+        """Forget `fd`; before it is closed."""
+        ...
+
+    def poll(self) -> list[tuple[Ready, int]]:
+        """What is ready now, without waiting: functions and masks, at most one batch."""
+        ...
+
+    def fileno(self) -> int:
+        """Readable while `poll` would return something."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class EpollIO:
+    """`HostIO` of Linux. HOT PATH: `poll` once per turn."""
+
+    BATCH: Final = 64
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._ready: dict[int, Ready] = {}
+
+    def socket(self, family: int, kind: int, protocol: int = 0) -> socket.socket:
+        return socket.socket(family, kind | socket.SOCK_NONBLOCK, protocol)
+
+    def watch(self, fd: int, ready: Ready, *, edge: bool = True) -> None:
+        mask = READ | WRITE | READ_CLOSED | _EDGE if edge else READ
+        self._epoll.register(fd, mask)
+        self._ready[fd] = ready
+
+    def want_write(self, fd: int, wanted: bool) -> None:
+        if fd in self._ready:
+            self._epoll.modify(fd, READ | WRITE if wanted else READ)
+
+    def unwatch(self, fd: int) -> None:
+        if self._ready.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
+    def poll(self) -> list[tuple[Ready, int]]:
+        ready = self._ready
+        return [(ready[fd], mask) for fd, mask in self._epoll.poll(0, self.BATCH) if fd in ready]
+
+    def fileno(self) -> int:
+        return self._epoll.fileno()
+
+    def close(self) -> None:
+        self._epoll.close()
+        self._ready.clear()
+
+
+class KqueueIO:
+    """`HostIO` of macOS and the BSDs, on `EV_CLEAR` events, which are edge-triggered as `EPOLLET` is."""
+
+    BATCH: Final = 64
+
+    def __init__(self) -> None:
+        if sys.platform == "linux":
+            raise OSError("kqueue is not a Linux interface; use EpollIO")
+        self._kqueue = select.kqueue()
+        self._ready: dict[int, Ready] = {}
+
+    def socket(self, family: int, kind: int, protocol: int = 0) -> socket.socket:
+        sock = socket.socket(family, kind, protocol)
+        sock.setblocking(False)
+        return sock
+
+    def _change(self, fd: int, kind: int, flags: int) -> None:
+        if sys.platform != "linux":
+            self._kqueue.control([select.kevent(fd, kind, flags)], 0)
+
+    def watch(self, fd: int, ready: Ready, *, edge: bool = True) -> None:
+        if sys.platform != "linux":
+            clear = select.KQ_EV_ADD | (select.KQ_EV_CLEAR if edge else 0)
+            self._change(fd, select.KQ_FILTER_READ, clear)
+            if edge:
+                self._change(fd, select.KQ_FILTER_WRITE, clear)
+        self._ready[fd] = ready
+
+    def want_write(self, fd: int, wanted: bool) -> None:
+        if sys.platform != "linux" and fd in self._ready:
+            self._change(fd, select.KQ_FILTER_WRITE, select.KQ_EV_ADD if wanted else select.KQ_EV_DELETE)
+
+    def unwatch(self, fd: int) -> None:
+        # Closing the descriptor removes its events; until then they find no function and are passed over.
+        self._ready.pop(fd, None)
+
+    def poll(self) -> list[tuple[Ready, int]]:
+        found: list[tuple[Ready, int]] = []
+        if sys.platform != "linux":
+            for event in self._kqueue.control(None, self.BATCH, 0):
+                ready = self._ready.get(event.ident)
+                if ready is None:
+                    continue
+                mask = READ if event.filter == select.KQ_FILTER_READ else WRITE
+                if event.flags & select.KQ_EV_EOF:
+                    mask |= READ_CLOSED
+                found.append((ready, mask))
+        return found
+
+    def fileno(self) -> int:
+        return self._kqueue.fileno() if sys.platform != "linux" else -1
+
+    def close(self) -> None:
+        if sys.platform != "linux":
+            self._kqueue.close()
+        self._ready.clear()
+
+
+def native_io() -> HostIO:
+    """The `HostIO` of this operating system."""
+    return EpollIO() if hasattr(select, "epoll") else KqueueIO()
