@@ -1,0 +1,222 @@
+"""A learning switch of the guests' links, and the port through which the stack talks to each. HOT PATH: `Port`.
+
+The stack itself sits on every port: frames for its MAC go to the interface, broadcasts go there and to the other guests,
+frames for another guest's MAC go to that guest's port. A frame from a link with offloads is made ordinary (checksums filled
+in, super-frames cut) before it goes to another guest, because the other link may not have them.
+
+What a link does not take at once waits in its port, bounded; while something waits the port is `congested` and TCP leaves
+its octets in the host sockets. Frames that find the port full are dropped and counted, as on a wire.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from netstack.api import Frame, Link
+from netstack.errors import LinkDown
+from netstack.observe.metrics import Counters, Drop
+
+BACKLOG_OCTETS: Final = 4 << 20
+"""Frames that wait for a link's peer to read, per port."""
+MAC_LIMIT: Final = 256
+MACS_PER_PORT: Final = 64
+
+
+class Port:
+    """One link's place in the network."""
+
+    __slots__ = (
+        "_backlog",
+        "_backlog_octets",
+        "_queue",
+        "alive",
+        "congested",
+        "counters",
+        "frames_in",
+        "frames_out",
+        "headroom",
+        "identity",
+        "link",
+        "mtu",
+        "number",
+        "on_blocked",
+        "on_down",
+        "partial",
+        "tso",
+        "waiting",
+    )
+
+    def __init__(self, link: Link, number: int, counters: Counters, identity: str | None = None) -> None:
+        self.link = link
+        self.number = number
+        self.counters = counters
+        self.identity = identity
+        """The same for every link of one guest (a VMN3T UUID), so that it may attach twice."""
+        self.headroom = link.headroom
+        self.mtu = link.mtu
+        self.tso = link.tso
+        self.partial = link.partial_checksums
+        self.alive = True
+        self.congested = False
+        self.frames_in = 0
+        self.frames_out = 0
+        self.waiting: list[Any] = []
+        """Flows to pump when the congestion is over (objects with `resume()`)."""
+        self.on_blocked: Callable[[Port], None] = lambda port: None
+        """Called when the link stops taking frames; the stack then watches for room."""
+        self.on_down: Callable[[Port, str], None] = lambda port, reason: None
+        self._queue: list[Frame] = []
+        self._backlog: deque[bytes] = deque()
+        self._backlog_octets = 0
+
+    @property
+    def name(self) -> str:
+        return self.link.name
+
+    def same_guest(self, other: Port) -> bool:
+        return self.identity is not None and self.identity == other.identity
+
+    def put(self, frame: Frame) -> None:
+        """Queue a frame whose buffers nobody will change; it leaves at the next `send` or `push`."""
+        self._queue.append(frame)
+
+    def push(self) -> None:
+        """Send what `put` queued."""
+        if self._queue:
+            frames, self._queue = self._queue, []
+            self._send(frames)
+
+    def send(self, frames: Sequence[Frame]) -> None:
+        """Send frames now, after what was queued; their buffers may be reused when this returns."""
+        if self._queue:
+            self.push()
+        self._send(frames)
+
+    def _send(self, frames: Sequence[Frame]) -> None:
+        self.frames_out += len(frames)
+        if self.congested:
+            self._keep(frames)
+            return
+        if not self.alive:
+            self.counters.drops[Drop.LINK_GONE] += len(frames)
+            return
+        try:
+            taken = self.link.send(frames)
+        except LinkDown as error:
+            self.down(str(error))
+            return
+        if taken < len(frames):
+            self.congested = True
+            self._keep(frames[taken:])
+            self.on_blocked(self)
+
+    def _keep(self, frames: Sequence[Frame]) -> None:
+        for frame in frames:
+            octets = sum(map(len, frame))
+            if self._backlog_octets + octets > BACKLOG_OCTETS:
+                self.counters.drops[Drop.LINK_FULL] += 1
+                continue
+            self._backlog.append(b"".join(frame))
+            self._backlog_octets += octets
+
+    def drain(self) -> bool:
+        """The link may have room again: send what waits. True when the congestion is over."""
+        if not self.alive:
+            return True
+        try:
+            if not self.link.flush():
+                return False
+            while self._backlog:
+                batch: list[Frame] = [(frame,) for frame in self._backlog]
+                taken = self.link.send(batch)
+                for _ in range(taken):
+                    self._backlog_octets -= len(self._backlog.popleft())
+                if taken < len(batch):
+                    return False
+        except LinkDown as error:
+            self.down(str(error))
+            return True
+        self.congested = False
+        return True
+
+    def resume(self) -> None:
+        """After `drain`: let the flows that waited go on."""
+        waiting, self.waiting = self.waiting, []
+        for flow in waiting:
+            flow.resume()
+
+    def down(self, reason: str) -> None:
+        """The link is gone; the stack detaches the port."""
+        if self.alive:
+            self.alive = False
+            self.congested = False
+            self._queue.clear()
+            self._backlog.clear()
+            self._backlog_octets = 0
+            self.on_down(self, reason)
+
+
+class Switch:
+    """MAC addresses and their ports."""
+
+    def __init__(self, counters: Counters, make_plain: Callable[[memoryview, int], list[bytes]]) -> None:
+        self.ports: list[Port] = []
+        self._macs: dict[bytes, Port] = {}
+        self._counters = counters
+        self._make_plain = make_plain
+        """`(frame with virtio-net header, mtu)` -> ordinary Ethernet frames."""
+
+    def learn(self, mac: bytes, port: Port) -> bool:
+        """`mac` sent a frame on `port`; False when the address is not to be believed."""
+        known = self._macs.get(mac)
+        if known is port:
+            return True
+        if mac[0] & 1:
+            return False
+        if known is not None and known.alive and not known.same_guest(port):
+            return False
+        if known is None:
+            per_port = Counter(self._macs.values())
+            if len(self._macs) >= MAC_LIMIT or per_port[port] >= MACS_PER_PORT:
+                # A guest that makes up addresses loses its own oldest one.
+                for old, owner in self._macs.items():
+                    if owner is port or not owner.alive:
+                        del self._macs[old]
+                        break
+                else:
+                    return False
+        self._macs[mac] = port
+        return True
+
+    def forget(self, port: Port) -> None:
+        for mac in [mac for mac, owner in self._macs.items() if owner is port]:
+            del self._macs[mac]
+
+    def owner(self, mac: bytes) -> Port | None:
+        return self._macs.get(mac)
+
+    def table(self) -> dict[bytes, Port]:
+        return dict(self._macs)
+
+    def forward(self, port: Port, frame: memoryview, destination: bytes) -> None:
+        """A frame (with `port`'s headroom) for somebody else: to its port, or to all others when it is for many."""
+        if destination[0] & 1:
+            targets = [other for other in self.ports if other is not port and other.alive]
+        else:
+            owner = self._macs.get(destination)
+            if owner is None or owner is port or not owner.alive:
+                self._counters.drops[Drop.SWITCH_UNKNOWN] += 1
+                return
+            targets = [owner]
+        if not targets:
+            return
+        for target in targets:
+            plain = self._make_plain(frame, target.mtu) if port.partial else [bytes(frame[port.headroom :])]
+            for octets in plain:
+                if len(octets) > target.mtu + 14:
+                    self._counters.drops[Drop.FRAME_LONG] += 1
+                    continue
+                target.put((target.link.prefix(len(octets)), octets))
+            target.push()
