@@ -78,15 +78,15 @@ class Timeouts:
     tcp_fin_wait_s: float = 60.0
     """A half-closed flow whose host socket is gone waits this long for the guest's FIN."""
     tcp_time_wait_s: float = 10.0
-    """TIME_WAIT on a one-hop link."""
+    """How long a closed flow is remembered (TIME_WAIT); short, since the link is one hop."""
     udp_idle_s: float = 90.0
     """A UDP mapping unused in both directions."""
     udp_short_s: float = 5.0
-    """The same once a DNS or NTP exchange was answered."""
+    """A UDP mapping whose DNS or NTP exchange was answered."""
     ping_idle_s: float = 60.0
     """An ICMP echo identifier unused (VPNKit: 60 s)."""
     reassembly_s: float = 30.0
-    """RFC 791 / RFC 1122 3.3.2: incomplete datagrams."""
+    """How long fragments wait for the rest of their datagram (RFC 791, RFC 1122 3.3.2)."""
     grace_s: float = 5.0
     """After SIGTERM: how long flows may finish."""
 
@@ -96,39 +96,43 @@ class Network:
     """One virtual network as its guests see it. VPNKit's defaults; checked at construction (`ConfigError`)."""
 
     subnet: str = "192.168.65.0/24"
+    """The network guests are in, /29 or larger. With another one, gateway and host alias are its first two addresses unless given."""
     gateway: str = "192.168.65.1"
     """Router, DHCP, DNS (53) and NTP (123) server."""
     host_alias: str | None = "192.168.65.2"
-    """The host's 127.0.0.1 as the guest reaches it; `None` turns it off."""
+    """Address at which guests reach the host's 127.0.0.1; `off` (`None`) turns it off."""
     pool_first: str | None = None
     """First address for guests; default: the first of the subnet after gateway and host alias."""
     pool_last: str | None = None
     """Last address for guests; default: the last usable one of the subnet."""
     gateway_mac: str = DEFAULT_GATEWAY_MAC
+    """Hardware address of the gateway and the host alias."""
     mtu: int = 1500
     """IP MTU of the virtual link, announced by DHCP; frames are up to 14 octets longer."""
     domain: str | None = "internal"
-    """DHCP option 15 and the domain of lease host names."""
+    """Domain told to guests (DHCP option 15), and the domain of lease host names."""
     search: tuple[str, ...] = ()
-    """DHCP option 119."""
+    """Domains the guest searches (DHCP option 119)."""
     dns_servers: tuple[str, ...] = ()
-    """DHCP option 6; empty means the gateway."""
+    """DNS servers told to guests (DHCP option 6); empty means the gateway."""
     ntp_servers: tuple[str, ...] = ()
-    """DHCP option 42; empty means the gateway."""
+    """Time servers told to guests (DHCP option 42); empty means the gateway."""
     gateway_names: tuple[str, ...] = ("gateway.internal",)
+    """Names that DNS answers with the gateway's address."""
     host_names: tuple[str, ...] = ("host.internal",)
+    """Names that DNS answers with the host alias."""
     static_leases: Mapping[str, str] = field(default_factory=dict)
-    """MAC address -> IPv4 address."""
+    """Addresses kept for certain guests: MAC address -> IPv4 address."""
     lease_s: int = 86400
     """DHCP lease time; renewals are answered from the stored table, also after a restart."""
     routed: tuple[str, ...] = ()
-    """Prefixes behind guests whose packets are accepted as source besides the subnet."""
+    """Networks behind guests that are accepted as source besides the subnet."""
     strict_sources: bool = False
     """Accept only leased addresses as source."""
     udp_filtering: str = "independent"
     """`independent` (any remote may answer, hole punching works) or `endpoint`."""
     allow: tuple[str, ...] = ()
-    """Prefixes exempt from the built-in refusals (host loopback spellings, link-local, metadata)."""
+    """Networks exempt from the built-in refusals (host loopback spellings, link-local, metadata)."""
     limits: Limits = field(default_factory=Limits)
     timeouts: Timeouts = field(default_factory=Timeouts)
 
@@ -138,7 +142,9 @@ class Network:
         except ValueError as error:
             raise ConfigError(f"subnet: {self.subnet!r} ({error}); write a network such as 192.168.65.0/24") from None
         if network.prefixlen > 29:
-            raise ConfigError(f"subnet: {self.subnet!r} has no room for gateway, host alias and guests; use /29 or larger")
+            raise ConfigError(
+                f"subnet: {self.subnet!r} has no room for gateway, host alias and guests; use /29 or larger"
+            )
         fixed: dict[str, str] = {"gateway": self.gateway}
         if self.host_alias is not None:
             fixed["host_alias"] = self.host_alias
@@ -159,7 +165,9 @@ class Network:
                 raise ConfigError(f"static_leases: {address_text} is not in {self.subnet}")
         first, last = self.pool
         if first > last:
-            raise ConfigError(f"pool: {first} comes after {last}; give pool_first before pool_last inside {self.subnet}")
+            raise ConfigError(
+                f"pool: {first} comes after {last}; give pool_first before pool_last inside {self.subnet}"
+            )
 
     @cached_property
     def network(self) -> ipaddress.IPv4Network:
