@@ -1,1 +1,1 @@
-
+"""Pure decisions about new flows."""
