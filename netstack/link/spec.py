@@ -1,0 +1,256 @@
+"""Link URLs: `scheme:address[,option=value...]`, the one text form of a link on the command line and in YAML.
+
+    qemu:/run/net.sock              listen for QEMU -netdev stream (unix); also vmnet:, unixgram:, bess:
+    qemu:tcp:127.0.0.1:1234         the same over TCP (also vmnet:)
+    qemu:connect:/run/net.sock      dial, and dial again when the connection ends (also connect:tcp:HOST:PORT)
+    vmnet:fd:3                      a socket that was inherited, listening or connected
+    fd:3[,kind=vmnet]               the same; the kind is found out when it is not given
+    tap:netns=NAME tap:pid=PID      a TAP device inside a network namespace (also packet:)
+    tap:fd=N                        the same, the namespace given as an open descriptor
+    tap:NAME                        a TAP device NAME in our own namespace
+
+Options: `mtu=N`, `name=TEXT` (shown instead of the URL), and for tap and packet `ifname=NAME` (default eth0),
+`mac=AA:BB:...` (of the guest's end) and `offload=on|off`. A comma inside an address is written twice.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+import stat
+from dataclasses import dataclass, replace
+from os import fstat
+from typing import Any, Final, Literal, TypeAlias, get_args
+
+from netstack.errors import ConfigError
+from netstack.settings import format_mac, parse_mac
+
+How: TypeAlias = Literal["unix", "tcp", "fd", "netns", "pid", "device", "inherited"]
+"""What `where` is: a socket's path, `HOST:PORT`, a namespace (descriptor, name, process), a device, an open link."""
+
+Kind: TypeAlias = Literal["qemu", "vmnet", "unixgram", "bess", "tap", "packet"]
+
+SOCKETS: Final = ("qemu", "vmnet", "unixgram", "bess")
+STREAMS: Final = ("qemu", "vmnet")
+DEVICES: Final = ("tap", "packet")
+_LATER: Final = {"vhost-user": "the shared ring", "stdio": "a child's standard input and output"}
+_BUILT: Final = (*SOCKETS, *DEVICES, "fd")
+_FORMS: Final = {
+    "qemu": "qemu:/PATH, qemu:tcp:HOST:PORT, qemu:connect:/PATH, qemu:connect:tcp:HOST:PORT or qemu:fd:N",
+    "vmnet": "vmnet:/PATH, vmnet:tcp:HOST:PORT, vmnet:connect:/PATH or vmnet:fd:N",
+    "unixgram": "unixgram:/PATH or unixgram:fd:N",
+    "bess": "bess:/PATH, bess:connect:/PATH or bess:fd:N",
+    "tap": "tap:netns=NAME, tap:pid=PID, tap:fd=N or tap:DEVICE",
+    "packet": "packet:netns=NAME, packet:pid=PID, packet:fd=N or packet:DEVICE",
+    "fd": "fd:N or fd:N,kind=" + "|".join(get_args(Kind)),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkSpec:
+    """One link as it was asked for; `parse` and `str` are inverses. Checked at construction (`ConfigError`)."""
+
+    kind: Kind | None
+    """None: an inherited descriptor whose kind is found out when it is used."""
+    how: How
+    where: str
+    connect: bool = False
+    """Dial instead of listen."""
+    mtu: int | None = None
+    """IP MTU, instead of the network's."""
+    name: str | None = None
+    ifname: str | None = None
+    """Name of the guest's interface (tap, packet)."""
+    mac: str | None = None
+    """MAC address of the guest's interface (tap, packet)."""
+    offload: bool = True
+    """Checksum and segmentation offload (tap, packet)."""
+
+    def __post_init__(self) -> None:
+        if self.mtu is not None and not 576 <= self.mtu <= 65520:
+            raise ConfigError(f"link {self}: mtu={self.mtu} is outside 576..65520")
+        if self.mac is not None and parse_mac(self.mac)[0] & 1:
+            raise ConfigError(f"link {self}: mac={self.mac} is a group address; the first octet must be even")
+        if self.ifname is not None and not re.fullmatch(r"[^\s/,]{1,15}", self.ifname):
+            raise ConfigError(
+                f"link {self}: ifname={self.ifname!r} is no interface name (1 to 15 characters, no slash)"
+            )
+        if (self.ifname or self.mac or not self.offload) and self.kind not in (*DEVICES, None):
+            raise ConfigError(f"link {self}: ifname, mac and offload are for tap and packet links only")
+
+    @classmethod
+    def parse(cls, text: str) -> LinkSpec:
+        """The link that `text` names. Raises `ConfigError` that says what would be accepted."""
+        scheme, colon, rest = text.partition(":")
+        if scheme in _LATER:
+            raise ConfigError(
+                f"link {text!r}: {scheme} ({_LATER[scheme]}) is not built yet; there are {', '.join(_BUILT)}"
+            )
+        if not colon or scheme not in _BUILT or "\0" in text:
+            raise ConfigError(
+                f"link {text!r}: write SCHEME:ADDRESS with one of the schemes {', '.join(_BUILT)}; "
+                "for example qemu:/run/user/1000/net.sock"
+            )
+        parts = [part.replace("\0", ",") for part in rest.replace(",,", "\0").split(",")]
+        where, options = parts[0], _options(text, parts[1:])
+        if scheme == "fd":
+            kind = options.pop("kind", None)
+            if kind is not None and kind not in get_args(Kind):
+                raise ConfigError(f"link {text!r}: kind={kind!r}; use one of {', '.join(get_args(Kind))}")
+            how: How = "inherited"
+            connect = False
+        else:
+            kind = scheme
+            how, where, connect = _place(scheme, where)
+        if not _plausible(scheme, how, where, connect):
+            raise ConfigError(f"link {text!r}: write {_FORMS[scheme]}")
+        spec = cls(kind=kind, how=how, where=where, connect=connect)  # type: ignore[arg-type]
+        return replace(spec, **_typed(text, options))
+
+    def __str__(self) -> str:
+        connect = "connect:" if self.connect else ""
+        where = self.where.replace(",", ",,")
+        match self.how:
+            case "unix" | "device":
+                text = f"{self.kind}:{connect}{where}"
+            case "tcp":
+                text = f"{self.kind}:{connect}tcp:{where}"
+            case "inherited" if self.kind is None or self.kind in DEVICES:
+                text = f"fd:{where}" + (f",kind={self.kind}" if self.kind else "")
+            case "inherited":
+                text = f"{self.kind}:fd:{where}"
+            case _:
+                text = f"{self.kind}:{self.how}={where}"
+        options = {
+            "mtu": self.mtu,
+            "name": None if self.name is None else self.name.replace(",", ",,"),
+            "ifname": self.ifname,
+            "mac": self.mac,
+            "offload": None if self.offload else "off",
+        }
+        return text + "".join(f",{key}={value}" for key, value in options.items() if value is not None)
+
+    @property
+    def label(self) -> str:
+        """What people see: the given name, or the URL without its options."""
+        return self.name or str(replace(self, mtu=None, ifname=None, mac=None, offload=True))
+
+    @property
+    def endpoint(self) -> tuple[str, int]:
+        """Host and port of a TCP link."""
+        host, _, port = self.where.rpartition(":")
+        return host.strip("[]"), int(port)
+
+    @property
+    def descriptor(self) -> int:
+        """The number of an inherited descriptor."""
+        return int(self.where)
+
+
+def _options(text: str, parts: list[str]) -> dict[str, str]:
+    options: dict[str, str] = {}
+    for part in parts:
+        key, equals, value = part.partition("=")
+        if not equals or not value or key in options:
+            raise ConfigError(f"link {text!r}: {part!r} should be one option=value (a comma in a path is written ,,)")
+        options[key] = value
+    return options
+
+
+def _typed(text: str, options: dict[str, str]) -> dict[str, Any]:
+    typed: dict[str, Any] = {}
+    for key, value in options.items():
+        match key:
+            case "mtu" if value.isascii() and value.isdigit():
+                typed[key] = int(value)
+            case "mtu":
+                raise ConfigError(f"link {text!r}: mtu={value!r}; write octets such as mtu=1500")
+            case "name" | "ifname":
+                typed[key] = value
+            case "mac":
+                typed[key] = format_mac(parse_mac(value))
+            case "offload" if value in ("on", "off"):
+                typed[key] = value == "on"
+            case "offload":
+                raise ConfigError(f"link {text!r}: offload={value!r}; use on or off")
+            case _:
+                raise ConfigError(f"link {text!r}: unknown option {key!r}; there are mtu, name, ifname, mac, offload")
+    return typed
+
+
+def _place(scheme: str, text: str) -> tuple[How, str, bool]:
+    """How, where and whether to dial, of what stands between the scheme and the options."""
+    if scheme in DEVICES:
+        key, equals, value = text.partition("=")
+        if not equals:
+            return "device", text, False
+        return (key, value, False) if key in ("netns", "pid", "fd") else ("device", "", False)  # type: ignore[return-value]
+    if text.startswith("fd:"):
+        return "inherited", text[3:], False
+    connect = text.startswith("connect:")
+    text = text.removeprefix("connect:")
+    if text.startswith("tcp:"):
+        return "tcp", text[4:], connect
+    if text.startswith("///"):  # the URL habit: unixgram:///path
+        text = text[2:]
+    return "unix", text, connect
+
+
+def _plausible(scheme: str, how: How, where: str, connect: bool) -> bool:
+    match how:
+        case "inherited" | "fd" | "pid":
+            return where.isascii() and where.isdigit()
+        case "unix":
+            return (
+                ("/" in where or where.startswith("@")) and "\0" not in where and not (connect and scheme == "unixgram")
+            )
+        case "tcp":
+            return scheme in STREAMS and _host_and_port(where)
+        case "netns":
+            return bool(where)
+        case "device":
+            return re.fullmatch(r"[^\s/=]{1,15}", where) is not None
+
+
+def _host_and_port(where: str) -> bool:
+    host, _, port = where.rpartition(":")
+    if not (port.isascii() and port.isdigit() and int(port) <= 65535):
+        return False
+    try:
+        version = ipaddress.ip_address(host.strip("[]")).version
+    except ValueError:
+        return host == "localhost"
+    return (version == 6) == (host.startswith("[") and host.endswith("]"))
+
+
+def detect(fd: int) -> tuple[Kind, bool]:
+    """What an inherited descriptor is, and whether it is a listening socket. Raises `ConfigError`.
+
+    A listening stream socket is VPNKit's habit (vmnet), a connected one QEMU's; datagrams are vfkit's. A character device
+    can only be a TAP.
+    """
+    try:
+        mode = fstat(fd).st_mode
+    except OSError as error:
+        raise ConfigError(f"fd:{fd}: {error.strerror}; the parent must leave the descriptor open across exec") from None
+    if stat.S_ISCHR(mode):
+        return "tap", False
+    if not stat.S_ISSOCK(mode):
+        raise ConfigError(f"fd:{fd} is neither a socket nor a TAP device; pass one of these")
+    probe = socket.socket(fileno=fd)
+    try:
+        kind = probe.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
+        listening = bool(probe.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+        packet = probe.family == getattr(socket, "AF_PACKET", None)
+    finally:
+        probe.detach()
+    if packet:
+        return "packet", False
+    if kind == socket.SOCK_STREAM:
+        return ("vmnet" if listening else "qemu"), listening
+    if kind == socket.SOCK_DGRAM:
+        return "unixgram", False
+    if kind == getattr(socket, "SOCK_SEQPACKET", None):
+        return "bess", listening
+    raise ConfigError(f"fd:{fd} is a socket of type {kind}; a stream, datagram, seqpacket or packet socket is needed")
