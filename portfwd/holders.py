@@ -27,7 +27,7 @@ def explain(error: OSError, protocol: str, address: str, port: int) -> str:
             )
         return f"{protocol} {where}: not permitted; a security policy of this host forbids it"
     if error.errno == errno.EADDRNOTAVAIL:
-        return f"{protocol} {where}: {address} is not an address of this host; use 127.0.0.1, 0.0.0.0 or one that `ip address` shows"
+        return f"{protocol} {where}: {address} is not an address of this host; use 127.0.0.1 or one that `ip address` shows"
     if error.errno == errno.EAFNOSUPPORT:
         return f"{protocol} {where}: this host has no IPv{6 if ':' in address else 4}"
     if error.errno in (errno.EMFILE, errno.ENFILE):
@@ -57,15 +57,28 @@ def holder(protocol: str, address: str, port: int) -> str:
     for process in Path("/proc").iterdir():
         if not process.name.isdigit():
             continue
-        try:
-            for descriptor in os.scandir(process / "fd"):
-                if os.readlink(descriptor.path) in wanted:
-                    name = (process / "comm").read_text().strip()
-                    mine = ", this very process" if int(process.name) == os.getpid() else ""
-                    return f"{name} (pid {process.name}{mine})"
-        except OSError:  # not ours to look at, or gone by now
-            continue
+        if any(_target(process / "fd" / name) in wanted for name in _names(process / "fd")):
+            try:
+                name = (process / "comm").read_text().strip()
+            except OSError:
+                continue  # gone by now
+            mine = ", this very process" if int(process.name) == os.getpid() else ""
+            return f"{name} (pid {process.name}{mine})"
     return "a process of another user"
+
+
+def _names(directory: Path) -> list[str]:
+    try:
+        return os.listdir(directory)
+    except OSError:  # not ours to look at, or gone by now
+        return []
+
+
+def _target(link: Path) -> str:
+    try:
+        return os.readlink(link)
+    except OSError:  # closed since the directory was read
+        return ""
 
 
 def _inodes(protocol: str, address: str, port: int) -> set[str]:

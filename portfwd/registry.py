@@ -72,7 +72,7 @@ class Registry:
 
     def add(self, spec: PublishSpec) -> Forward:
         """Publish `spec`; raises `HostError` when a port cannot be bound and `ConfigError` when it is published already."""
-        if spec.port and any(_overlap(spec, forward.asked) for forward in self._forwards):
+        if spec.port and any(_overlap(spec, forward.spec) for forward in self._forwards):
             raise ConfigError(f"publish: {spec} is published already; remove it first")
         if len(self) + spec.count > self._max:
             raise ConfigError(f"publish: {spec} would exceed {self._max} published ports; remove some first")

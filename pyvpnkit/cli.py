@@ -12,7 +12,7 @@ from typing import Any, Final, NoReturn
 
 import netstack  # noqa: F401  # first: it makes our `dns` importable beside dnspython's
 from netstack.errors import ConfigError, NetstackError
-from pyvpnkit import config
+from pyvpnkit import config, loader, values
 from pyvpnkit.config import OPTIONS, Option, Settings
 
 OVERVIEW: Final = """\
@@ -84,7 +84,7 @@ class _Parser(argparse.ArgumentParser):
         _, unrecognized, rest = message.partition("unrecognized arguments: ")
         if unrecognized and rest.startswith("--"):
             flags = ["--config", "--ready-fd", *(flag for option in OPTIONS for flag in option.flags)]
-            message += config.meant(rest.split()[0].partition("=")[0], flags)
+            message += values.meant(rest.split()[0].partition("=")[0], flags)
         super().error(message)
 
 
@@ -114,7 +114,7 @@ def given(arguments: argparse.Namespace) -> dict[str, list[str]]:
 
 def settings(arguments: argparse.Namespace) -> Settings:
     """What file and flags say together; raises `ConfigErrors`."""
-    return config.load(arguments.config, given(arguments))
+    return loader.load(arguments.config, given(arguments))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -201,7 +201,7 @@ def _dispatch(arguments: argparse.Namespace) -> int:
 
 
 def _check(path: str) -> int:
-    loaded = config.load(path)
+    loaded = loader.load(path)
     print(f"{path}: fine")
     for option in config.differences(Settings(), loaded):
         print(f"  {option.key}: {_shown(option, loaded)}")

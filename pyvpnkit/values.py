@@ -1,0 +1,132 @@
+"""Text to value, one function per kind of setting; each raises `ConfigError` that says what would be accepted.
+
+The text may come from a flag or from a YAML file. YAML 1.1's own ideas (`off` is false, `22:22` is 1342) never get a say.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable, Iterable
+from typing import Any, Final
+
+from netstack.errors import ConfigError
+from netstack.settings import parse_mac
+
+Parse = Callable[[str], Any]
+_OFF: Final = ("off", "no", "none", "null", "~", "false", "")
+_ON: Final = ("on", "yes", "true")
+_SUFFIX: Final = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+
+
+def text(text: str) -> str:
+    if not text:
+        raise ConfigError("is empty; leave the key out for its default")
+    return text
+
+
+def flag(text: str) -> bool:
+    if text.lower() in _ON:
+        return True
+    if text.lower() in _OFF[:-1]:
+        return False
+    raise ConfigError(f"{text!r} is neither on nor off")
+
+
+def number(low: int, high: int | None = None) -> Parse:
+    wanted = f"a whole number from {low} to {high}" if high is not None else f"a whole number of at least {low}"
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text.replace("_", ""))
+        except ValueError:
+            raise ConfigError(f"{text!r} is not a number; write {wanted}") from None
+        if value < low or (high is not None and value > high):
+            raise ConfigError(f"{text} is out of range; write {wanted}")
+        return value
+
+    return parse
+
+
+def octets(text: str) -> int:
+    factor = _SUFFIX.get(text[-1:].lower(), 1)
+    try:
+        value = int(text if factor == 1 else text[:-1]) * factor
+    except ValueError:
+        value = -1
+    if value < 0:
+        raise ConfigError(f"{text!r} is not a size; write octets, or a number with K, M or G such as 100M")
+    return value
+
+
+def seconds(text: str) -> float:
+    try:
+        value = float(text.removesuffix("s"))
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e9:
+        raise ConfigError(f"{text!r} is not a time; write seconds such as 5 or 0.5")
+    return value
+
+
+def or_off(parse: Parse) -> Parse:
+    return lambda text: None if text.lower() in _OFF else parse(text)
+
+
+def one_of(*choices: str) -> Parse:
+    def parse(text: str) -> str:
+        if text.lower() not in choices:
+            raise ConfigError(f"{text!r} is unknown{meant(text.lower(), choices)}; write one of: {', '.join(choices)}")
+        return text.lower()
+
+    return parse
+
+
+def ipv4(text: str) -> str:
+    try:
+        return str(ipaddress.IPv4Address(text))
+    except ValueError:
+        raise ConfigError(f"{text!r} is not an IPv4 address; write it as in 192.168.65.1") from None
+
+
+def prefix(text: str) -> str:
+    try:
+        return str(ipaddress.ip_network(text))
+    except ValueError as error:
+        raise ConfigError(f"{text!r} is not a network ({error}); write it as in 10.1.0.0/16") from None
+
+
+def server(text: str) -> str:
+    """`IP`, `IP:PORT`, `[IPv6]:PORT`."""
+    address, port = text, "53"
+    if text.startswith("["):
+        address, _, port = text[1:].partition("]")
+        port = port.removeprefix(":") or "53"
+    elif text.count(":") == 1:
+        address, _, port = text.partition(":")
+    try:
+        ipaddress.ip_address(address)
+        if not 1 <= int(port) <= 65535:
+            raise ValueError
+    except ValueError:
+        raise ConfigError(
+            f"{text!r} is not a server; write IP or IP:PORT such as 9.9.9.9 or [2620:fe::fe]:53"
+        ) from None
+    return text
+
+
+def mac(text: str) -> str:
+    return parse_mac(text).hex(":")
+
+
+def link(text: str) -> str:
+    from netstack.link.spec import LinkSpec  # here, so that settings without links need no link code
+
+    return str(LinkSpec.parse(text))
+
+
+def meant(word: str, choices: Iterable[str]) -> str:
+    """A question for who wrote `word`, or ""."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""

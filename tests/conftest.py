@@ -1,0 +1,42 @@
+"""What holds for every test: our `dns` before dnspython's, and no test skipped behind CI's back."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+import netstack  # noqa: F401  # first: it makes our `dns` importable beside dnspython's
+
+EXPECTED = "expected:"
+"""A skip whose reason begins so is right on this kind of machine (another operating system, say)."""
+
+
+def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return text.removeprefix("Skipped: ")
+
+
+def _unexpected(reporter: object) -> list[str]:
+    stats = getattr(reporter, "stats", {})
+    skipped = [(report.nodeid, _reason(report)) for report in stats.get("skipped", ())]
+    return [f"{name}: {reason}" for name, reason in skipped if not reason.startswith(EXPECTED)]
+
+
+def in_ci() -> bool:
+    return os.environ.get("CI", "").lower() in ("1", "true", "yes")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    if in_ci() and exitstatus == pytest.ExitCode.OK:
+        if _unexpected(session.config.pluginmanager.get_plugin("terminalreporter")):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    unexpected = _unexpected(terminalreporter) if in_ci() else []
+    if unexpected:
+        terminalreporter.section("skipped, which CI does not allow", red=True)
+        for line in unexpected:
+            terminalreporter.line(line)
