@@ -15,7 +15,7 @@ from netstack.wire import checksum
 from netstack.wire.checksum import BadChecksum
 
 HEADER: Final = struct.Struct("!BBHHHBBH4s4s")
-"""Version and IHL, TOS, total length; identification, flags and offset; TTL, protocol, checksum; source; destination."""
+"""Version and IHL, TOS, total length; identification, flags and offset; TTL, protocol, checksum; source, destination."""
 HEADER_LENGTH: Final = 20
 MAX_TOTAL_LENGTH: Final = 65535
 
