@@ -130,7 +130,7 @@ def parser() -> argparse.ArgumentParser:
     run = command(
         "run",
         "serve guests that attach to links",
-        usage="pyvpnkit run [--config FILE] [--link SCHEME:ADDRESS]... [-p SPEC]... [--capture FILE] [OPTION]...",
+        usage="pyvpnkit run [--config FILE] [--link URL]... [-p SPEC]... [--capture FILE] [OPTION]...",
         description="Serve guests that attach to links.",
         epilog=SIGNALS,
     )
@@ -156,14 +156,22 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line taken apart; raises `SystemExit` as argparse does."""
+    parsed = parser().parse_args(argv)
+    if getattr(parsed, "command", None) and parsed.command[0] == "--":
+        del parsed.command[0]
+    return parsed
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own) and return the exit status."""
     try:
-        arguments = parser().parse_args(argv)
+        parsed = arguments(argv)
     except SystemExit as leaving:  # argparse has printed help or the mistake already
         return leaving.code if isinstance(leaving.code, int) else 2
     try:
-        return _dispatch(arguments)
+        return _dispatch(parsed)
     except ConfigError as error:
         print(f"pyvpnkit: {error}" if "\n" not in str(error) else str(error), file=sys.stderr)
         return 2
@@ -174,26 +182,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _dispatch(arguments: argparse.Namespace) -> int:
-    match arguments.command_name:
+def _dispatch(parsed: argparse.Namespace) -> int:
+    match parsed.command_name:
         case "run":
+            loaded = settings(parsed)
             from pyvpnkit import daemon
 
-            return daemon.main(settings(arguments), ready_fd=arguments.ready_fd, reload=lambda: settings(arguments))
+            return daemon.main(loaded, ready_fd=parsed.ready_fd, reload=lambda: settings(parsed))
         case "shell":
+            parsed.settings = settings(parsed)
+            parsed.given = frozenset(given(parsed))
             from pyvpnkit import shell
 
-            arguments.settings = settings(arguments)
-            arguments.given = frozenset(given(arguments))
-            if arguments.command[:1] == ["--"]:
-                del arguments.command[0]
-            return int(shell.main(arguments))
+            return int(shell.main(parsed))
         case "demo":
             from pyvpnkit import demo
 
-            return int(demo.main(arguments))
+            return int(demo.main(parsed))
         case "check-config":
-            return _check(arguments.file)
+            return _check(parsed.file)
         case "version":
             return _version()
         case other:

@@ -12,6 +12,7 @@ from dataclasses import MISSING, dataclass, field
 from typing import Any, Final
 
 from netstack.errors import ConfigError
+from netstack.link.spec import LinkSpec
 from netstack.settings import Limits, Network, Timeouts
 from portfwd.spec import PublishSpec
 from pyvpnkit import values
@@ -50,8 +51,8 @@ class DnsSettings:
 class Settings:
     """All that `pyvpnkit run` can be told."""
 
-    links: tuple[str, ...] = ()
-    """Where guests attach, as `scheme:address`; the manual lists the schemes."""
+    links: tuple[LinkSpec, ...] = ()
+    """Where guests attach, as `scheme:address`: qemu, vmnet, unixgram, bess, tap, packet or fd; the manual has their forms."""
     publish: tuple[PublishSpec, ...] = ()
     """Host ports that lead into a guest: `[tcp|udp:][IP:]PORT:[GUESTIP:]GUESTPORT`. Without IP the port
     is bound on 127.0.0.1 alone; without GUESTIP it goes to the guest with the lowest leased address; host port 0 picks a free
@@ -159,7 +160,7 @@ def _timeout(name: str, example: str, *, reload: bool = False) -> Option:
 
 
 OPTIONS: Final[tuple[Option, ...]] = (
-    _option("links", "--link", "SCHEME:ADDRESS", values.link, "qemu:/run/user/1000/net.sock", many=True, commas=False),
+    _option("links", "--link", "URL", values.link, "qemu:/run/user/1000/net.sock", many=True, commas=False),
     _option("publish", "-p --publish", "SPEC", PublishSpec.parse, "8080:80", many=True, reload=True),
     _option("ntp", "--ntp", "on|off", values.flag, "off"),
     _option("state_dir", "--state-dir", "DIR", values.or_off(values.text), "/var/lib/pyvpnkit"),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from netstack.errors import ConfigError
+from netstack.link.spec import LinkSpec
 from netstack.settings import parse_mac
 
 Parse = Callable[[str], Any]
@@ -118,10 +119,8 @@ def mac(text: str) -> str:
     return parse_mac(text).hex(":")
 
 
-def link(text: str) -> str:
-    from netstack.link.spec import LinkSpec  # here, so that settings without links need no link code
-
-    return str(LinkSpec.parse(text))
+def link(text: str) -> LinkSpec:
+    return LinkSpec.parse(text)
 
 
 def meant(word: str, choices: Iterable[str]) -> str:
