@@ -1,0 +1,202 @@
+"""The DNS server of a virtual network, at the gateway's port 53 over UDP and TCP.
+
+A query is answered from the sources of `dns.records` in order (built-in names, leases, hosts file) and else relayed
+(`dns.forwarder`). What cannot be a query is passed over in silence, because an answer to an answer makes two servers talk
+forever; a query that is broken gets FORMERR, an opcode we do not know NOTIMP, a zone transfer REFUSED. Nothing a guest sends
+raises, and nothing waits for a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from dns import codec, hosts, records, system
+from dns.forwarder import MAX_IN_FLIGHT, Forwarder
+from dns.records import LeaseAddress, LeaseName, Source
+from netstack.api import Clock, Endpoint, Reply
+from netstack.errors import Malformed
+
+IDLE_S: Final = 30.0
+"""A TCP connection is closed when a whole query has not come for so long (RFC 7766 6.2.3 leaves the length to us)."""
+MAX_PIPELINED: Final = 64
+"""Queries of one TCP connection on their way; then it is not read on."""
+MAX_STREAMS: Final = 256
+"""TCP connections at once; another is closed on arrival."""
+
+_length = struct.Struct("!H")
+
+_COUNTERS: Final = (
+    "queries_udp",
+    "queries_tcp",
+    "ignored",
+    "malformed",
+    "not_implemented",
+    "refused",
+    "local",
+    "forwarded",
+    "no_resolver",
+    "over_limit",
+    "truncated",
+    "servfail",
+    "upstream_timeout",
+    "upstream_error",
+    "upstream_mismatch",
+    "streams",
+    "streams_refused",
+)
+
+
+class Server:
+    """One network's DNS server; its two handlers are `netstack.api.DatagramHandler` and `StreamHandler`.
+
+    `names` maps names to addresses (4 or 16 octets). `domain` with `lease_address` and `lease_name` makes host names of DHCP
+    clients known as `NAME.domain`. `hosts_path` and `resolv_conf` are files of the host that are followed, `None` for none.
+    `upstreams` (`192.0.2.53`, `192.0.2.53#5353`, `[2001:db8::53]:53`) are asked instead of those of `resolv_conf`. Raises
+    `ConfigError` for a name or a server that cannot be. Without any resolver the names above are still answered, all others
+    SERVFAIL. Every method belongs to the event loop of the first query.
+    """
+
+    def __init__(
+        self,
+        *,
+        names: Mapping[str, Sequence[bytes]] | None = None,
+        domain: str | None = None,
+        lease_address: LeaseAddress | None = None,
+        lease_name: LeaseName | None = None,
+        hosts_path: str | None = "/etc/hosts",
+        resolv_conf: str | None = "/etc/resolv.conf",
+        upstreams: Sequence[str] = (),
+        clock: Clock = time.monotonic,
+        max_in_flight: int = MAX_IN_FLIGHT,
+        idle_s: float = IDLE_S,
+    ) -> None:
+        self._hosts = hosts.watch(hosts_path, clock)
+        self._system = system.watch(None if upstreams else resolv_conf, clock)
+        configured = system.Resolvers.of(upstreams)
+        self._sources: tuple[Source, ...] = (
+            records.built_in(names or {}),
+            records.leases(domain, lease_address, lease_name),
+            records.hosts_file(self._hosts),
+        )
+        self._counters: Counter[str] = Counter()
+        self._forwarder = Forwarder(
+            (lambda: configured) if upstreams else self._system.current,
+            self._counters,
+            clock=clock,
+            max_in_flight=max_in_flight,
+        )
+        self._idle_s = idle_s
+        self._streams: set[asyncio.StreamWriter] = set()
+        self._closed = False
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """What was asked and what became of it, by name; `in_flight` is the number of relayed queries on their way."""
+        return {name: self._counters[name] for name in _COUNTERS} | {"in_flight": self._forwarder.in_flight}
+
+    def network_changed(self) -> None:
+        """Look at the host's files again with the next query, and trust each resolver anew."""
+        self._hosts.expire()
+        self._system.expire()
+        self._forwarder.forget_silence()
+
+    def close(self) -> None:
+        """Drop what is on its way, close TCP connections, and answer nothing more."""
+        self._closed = True
+        self._forwarder.close()
+        for writer in tuple(self._streams):
+            writer.close()
+
+    def _own_answer(self, query: bytes) -> tuple[bytes | None, int]:
+        """An answer that needs nobody else (`b""` is silence) or `None`, and where the question ends."""
+        if len(query) < codec.HEADER or codec.is_response(query):
+            self._counters["ignored"] += 1
+            return b"", 0
+        if codec.opcode(query) != codec.QUERY:
+            self._counters["not_implemented"] += 1
+            return codec.failure(query, codec.NOTIMP), 0
+        try:
+            end = codec.question_end(query)
+        except Malformed:
+            self._counters["malformed"] += 1
+            return codec.failure(query, codec.FORMERR), 0
+        qtype, qclass = codec.question(query, end)
+        if qclass == codec.IN:
+            key = codec.key(query, end)
+            for source in self._sources:
+                found = source(key, qtype)
+                if found is not None:
+                    self._counters["local"] += 1
+                    return codec.answer(query, end, found), end
+        if qtype in (codec.AXFR, codec.IXFR):  # many messages long, and no business of a stub's
+            self._counters["refused"] += 1
+            return codec.failure(query, codec.REFUSED, end), end
+        return None, end
+
+    def datagram(self, payload: bytes, source: Endpoint, reply: Reply) -> None:
+        """One UDP datagram; `reply` is called at most once, now or later."""
+        if self._closed:
+            return
+        self._counters["queries_udp"] += 1
+        own, end = self._own_answer(payload)
+
+        def fitting(answer: bytes) -> None:
+            # HOT PATH: EDNS is looked for only where the answer is longer than anybody takes.
+            if len(answer) > codec.MIN_UDP:
+                limit = codec.udp_limit(payload, end)
+                if len(answer) > limit:
+                    self._counters["truncated"] += 1
+                    answer = codec.fit(answer, limit)
+            reply(answer)
+
+        if own is None:
+            self._forwarder.ask(payload, end, fitting)
+        elif own:
+            fitting(own)
+
+    async def stream(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, source: Endpoint) -> None:
+        """One TCP connection: messages behind two octets of length (RFC 1035 4.2.2), pipelined, answered as answers come.
+
+        Ends, and closes `writer`, when the guest closes or keeps quiet for too long; its last answers still go out.
+        """
+        if self._closed or len(self._streams) >= MAX_STREAMS:
+            self._counters["streams_refused"] += 1
+            writer.close()
+            return
+        self._counters["streams"] += 1
+        self._streams.add(writer)
+        room = asyncio.Semaphore(MAX_PIPELINED)
+        try:
+            async with asyncio.TaskGroup() as answers:
+                while True:
+                    await room.acquire()
+                    try:
+                        async with asyncio.timeout(self._idle_s):
+                            (octets,) = _length.unpack(await reader.readexactly(2))
+                            query = await reader.readexactly(octets)
+                    except (EOFError, OSError, TimeoutError):
+                        break
+                    answers.create_task(self._answer_stream(query, writer, room))
+        finally:
+            self._streams.discard(writer)
+            writer.close()
+
+    async def _answer_stream(self, query: bytes, writer: asyncio.StreamWriter, room: asyncio.Semaphore) -> None:
+        self._counters["queries_tcp"] += 1
+        try:
+            answer, end = self._own_answer(query)
+            if answer is None:
+                answer = await self._forwarder.ask_stream(query, end)
+            if answer and not writer.is_closing():
+                writer.write(_length.pack(len(answer)) + answer)
+                async with asyncio.timeout(self._idle_s):
+                    await writer.drain()  # a guest that does not read its answers is not read from either
+        except OSError:
+            writer.transport.abort()  # it went away, or (TimeoutError is an OSError) takes nothing
+        finally:
+            room.release()
