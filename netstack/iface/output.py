@@ -94,24 +94,37 @@ class Output:
             dont_fragment=dont_fragment,
         )
         header = ethernet.header(mac or neighbour.mac, self.gateway_mac, ethernet.ETHERTYPE_IPV4)
-        for packet in packets:
-            frame = ethernet.pad(header + packet)
+        for ip_header, part in packets:
+            frame = ethernet.pad(b"".join((header, ip_header, part)))
             port.put((port.link.prefix(len(frame)), frame))
 
     def icmp_error(
         self, kind: int, code: int, packet: Packet, *, now: float, source: bytes | None = None, mtu: int = 0
     ) -> None:
         """An ICMP error about a guest's packet, within the rules of RFC 1122 3.2.2 and the rate limit."""
-        if packet.neighbour is None:
-            return
-        message = icmp.error(kind, code, packet.data, mtu=mtu)
+        if packet.neighbour is not None:
+            self.icmp_quoting(kind, code, packet.data, packet.neighbour, now=now, source=source, mtu=mtu)
+
+    def icmp_quoting(
+        self,
+        kind: int,
+        code: int,
+        quoted: Buffer,
+        neighbour: Neighbour,
+        *,
+        now: float,
+        source: bytes | None = None,
+        mtu: int = 0,
+    ) -> None:
+        """The same about a packet of which only the beginning (header and 8 octets at least) was kept."""
+        message = icmp.error(kind, code, memoryview(quoted), mtu=mtu)
         if message is None:
             return
         if not self._rate.allow(now):
             self._counters.drops[Drop.ICMP_RATE] += 1
             return
         self._counters.icmp_sent += 1
-        self.send_to(packet.neighbour, 1, message, source=source or self._gateway)
+        self.send_to(neighbour, 1, message, source=source or self._gateway)
 
     # Addresses not seen yet (a published port whose guest has not spoken).
 

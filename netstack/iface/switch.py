@@ -82,6 +82,11 @@ class Port:
         """Queue a frame whose buffers nobody will change; it leaves at the next `send` or `push`."""
         self._queue.append(frame)
 
+    @property
+    def queued(self) -> bool:
+        """Whether `push` has something to do."""
+        return bool(self._queue)
+
     def push(self) -> None:
         """Send what `put` queued."""
         if self._queue:

@@ -1,0 +1,554 @@
+"""All TCP flows of a network: who may open one, the host's connect, refusals, TIME-WAIT, and forwards into the guest.
+
+Theory of operation. A SYN without a flow asks the policy where it may go, takes a host socket and connects it; the guest
+waits without an answer (its SYN retransmissions are absorbed) until the host has decided: connected becomes SYN-ACK, refused
+RST, unreachable an ICMP error. A published port comes the other way: the accepted socket is given to `dial` and we send the
+SYN. Connections to services on the network's own addresses run over a socket pair whose other end the service serves.
+
+Table: `flows` by the 12 octets of the guest's segments. A connection that has ended keeps only a note in `TIME-WAIT` (bounded,
+oldest first out), enough to answer a repeated FIN; a new SYN there opens a new connection (T17).
+
+Bounds: `limits.max_flows` flows; descriptors end in an honest RST. Both have counters.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import random
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from heapq import heappush
+from typing import Any, Final
+
+from netstack.api import Endpoint
+from netstack.errors import Malformed
+from netstack.host.io import ERROR, HANGUP, HostIO
+from netstack.host.tcp_burst import Burst
+from netstack.host.tcp_flow import TcpFlow
+from netstack.host.tcp_frames import HEADERS, FrameMaker
+from netstack.iface.interface import Packet
+from netstack.iface.neighbours import Neighbour
+from netstack.iface.output import Output
+from netstack.observe.events import EventBus, FlowClosed, FlowOpened, FlowRefused
+from netstack.observe.metrics import Counters, Drop
+from netstack.policy.egress import Answer, Deny, Egress, Rewrite
+from netstack.settings import Network
+from netstack.tcp.connection import Connection
+from netstack.tcp.seq import MASK
+from netstack.wire import tcp as wire
+from netstack.wire.checksum import verify
+from netstack.wire.tcp import ACK, FIN, RST, SYN
+
+log = logging.getLogger("pyvpnkit.tcp")
+
+TIME_WAIT_LIMIT: Final = 8192
+_UNREACHABLE: Final = {
+    errno.EHOSTUNREACH: 1,
+    errno.ENETUNREACH: 0,
+    errno.ETIMEDOUT: 1,
+    errno.EHOSTDOWN: 1,
+    errno.EADDRNOTAVAIL: 1,
+}
+"""ICMP destination-unreachable codes for what a host connect says (RFC 792); EACCES and EPERM are 13 (RFC 1812)."""
+_IN_PROGRESS: Final = frozenset((errno.EINPROGRESS, errno.EALREADY, errno.EINTR))
+_DESCRIPTORS: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
+
+
+@dataclass(frozen=True, slots=True)
+class FlowInfo:
+    """One flow for people: text endpoints, octets both ways, age in seconds."""
+
+    protocol: str
+    guest: str
+    remote: str
+    direction: str
+    state: str
+    octets_outbound: int
+    octets_inbound: int
+    age_s: float
+
+
+@dataclass(slots=True)
+class _TimeWait:
+    seq: int
+    ack: int
+    window: int
+    until: float
+
+
+class TcpProxy:
+    """See the module. `now` is set by the stack once per turn."""
+
+    def __init__(
+        self,
+        network: Network,
+        io: HostIO,
+        output: Output,
+        egress: Egress,
+        counters: Counters,
+        events: EventBus,
+        rng: random.Random,
+        timers: list[tuple[float, int, Any]],
+    ) -> None:
+        self.io = io
+        self.output = output
+        self.counters = counters
+        self.limits = network.limits
+        self.timeouts = network.timeouts
+        self.gateway_mac = network.gateway_mac_bytes
+        self.mss = network.mtu - 40
+        self.now = 0.0
+        self.flows: dict[bytes, TcpFlow] = {}
+        self.dirty: list[TcpFlow] = []
+        self.ready: list[TcpFlow] = []
+        """Flows that used their budget up and have more to send."""
+        self.services: dict[tuple[bytes, int], Callable[[Any, Endpoint], None]] = {}
+        """`(address, port)` -> function that takes its end of a socket pair and the guest's endpoint."""
+        self.accepting = True
+        self._gateway = network.gateway_bytes
+        self._egress = egress
+        self._events = events
+        self._rng = rng
+        self._timers = timers
+        self._timer_number = 0
+        self._secret = rng.randbytes(16)
+        self._time_wait: dict[bytes, _TimeWait] = {}
+        self._scratch: dict[int, tuple[bytearray, memoryview]] = {}
+        self._bursts: dict[tuple[int, int], Burst] = {}
+        self._dial_port = rng.randrange(49152, 65536)
+        self._resolving: dict[bytes, list[TcpFlow]] = {}
+
+    # What flows use.
+
+    def scratch(self, headroom: int) -> tuple[bytearray, memoryview]:
+        """A buffer for one frame behind `headroom`, and the view of its payload place."""
+        found = self._scratch.get(headroom)
+        if found is None:
+            buffer = bytearray(headroom + HEADERS + 65536)
+            found = self._scratch[headroom] = buffer, memoryview(buffer)[headroom + HEADERS :]
+        return found
+
+    def burst(self, headroom: int, mss: int) -> Burst:
+        """The block for bursts of this shape; few shapes exist at a time, so few are kept."""
+        key = headroom, mss
+        found = self._bursts.get(key)
+        if found is None:
+            if len(self._bursts) >= 8:
+                self._bursts.clear()
+            found = self._bursts[key] = Burst(headroom, mss)
+        return found
+
+    def again(self, flow: TcpFlow) -> None:
+        """Pump this flow again once the others had their turn."""
+        if not flow.queued:
+            flow.queued = True
+            self.ready.append(flow)
+
+    def arm(self, when: float, flow: TcpFlow) -> None:
+        self._timer_number += 1
+        heappush(self._timers, (when, self._timer_number, flow))
+
+    def isn(self, key: bytes) -> int:
+        """RFC 6528: a keyed hash of the connection's name and a clock of 4 µs."""
+        digest = hashlib.blake2b(key, digest_size=4, key=self._secret).digest()
+        return (int.from_bytes(digest, "big") + int(self.now * 250_000)) & MASK
+
+    # Turns.
+
+    def flush(self) -> None:
+        """End of a batch: every flow it touched does what is due."""
+        dirty = self.dirty
+        while dirty:
+            self.dirty = []
+            for flow in dirty:
+                flow.flush()
+            dirty = self.dirty
+
+    def pump(self) -> None:
+        """One round for the flows that had more to send than their budget."""
+        ready, self.ready = self.ready, []
+        for flow in ready:
+            flow.queued = False
+            if not flow.end:
+                flow.pump()
+                conn = flow.conn
+                if conn is not None and conn.snd.rto_at and not flow.end:
+                    flow.rearm(conn.snd.rto_at)
+
+    # From the guest, the general way.
+
+    def input(self, packet: Packet, now: float) -> None:
+        """A segment of an unknown flow, or one that the fast way did not take."""
+        segment = packet.payload
+        try:
+            header = wire.parse(segment)
+        except Malformed:
+            self.counters.drops[Drop.TCP_MALFORMED] += 1
+            return
+        if not packet.checksum_ok and not verify(
+            segment, int.from_bytes(packet.source + packet.destination, "big") % 0xFFFF + 6 + len(segment)
+        ):
+            self.counters.drops[Drop.TCP_CHECKSUM] += 1
+            return
+        neighbour = packet.neighbour
+        if neighbour is None:
+            return
+        flags = header.flags
+        key = packet.source + packet.destination + bytes(segment[:4])
+        flow = self.flows.get(key)
+        if flow is not None:
+            flow.port = neighbour.port
+            offset_flags = header.payload_at << 10 | flags
+            flow.segment(segment, header.payload_at, len(segment), header.seq, header.ack, offset_flags, header.window)
+            return
+        if flags & RST or not flags & 0x3F or flags & (SYN | FIN) == SYN | FIN:
+            self.counters.drops[Drop.TCP_NO_FLOW] += 1
+            return
+        waiting = self._time_wait.get(key)
+        if waiting is not None and now < waiting.until:
+            if not (flags & SYN and not flags & ACK):
+                self._answer_time_wait(neighbour, key, waiting)
+                return
+            del self._time_wait[key]
+        if flags & SYN and not flags & ACK:
+            self._open(packet, neighbour, key, header, now)
+            return
+        self.counters.drops[Drop.TCP_NO_FLOW] += 1
+        self._reset_stray(neighbour, key, header, len(segment) - header.payload_at)
+
+    def _maker(self, neighbour: Neighbour, key: bytes) -> FrameMaker | None:
+        if neighbour.port is None:
+            return None
+        return FrameMaker(neighbour.port, neighbour, self.gateway_mac, key, 536)
+
+    def _reset_stray(self, neighbour: Neighbour, key: bytes, header: wire.Segment, length: int) -> None:
+        """RFC 9293 3.10.7.1: a segment for no connection is answered RST (never a RST)."""
+        maker = self._maker(neighbour, key)
+        if maker is None:
+            return
+        if header.flags & ACK:
+            frame = maker.bare(header.ack, 0, RST, 0)
+        else:
+            length += bool(header.flags & SYN) + bool(header.flags & FIN)
+            frame = maker.bare(0, (header.seq + length) & MASK, RST | ACK, 0)
+        maker.port.put((frame,))
+
+    def _answer_time_wait(self, neighbour: Neighbour, key: bytes, note: _TimeWait) -> None:
+        maker = self._maker(neighbour, key)
+        if maker is not None:
+            maker.port.put((maker.bare(note.seq, note.ack, ACK, note.window),))
+
+    # Guest opens.
+
+    def _open(self, packet: Packet, neighbour: Neighbour, key: bytes, header: wire.Segment, now: float) -> None:
+        destination = Endpoint(packet.destination, header.destination_port)
+        if not self.accepting or len(self.flows) >= self.limits.max_flows:
+            self.counters.drops[Drop.TCP_LIMIT] += 1
+            self._refuse(packet, neighbour, key, header, "too many flows")
+            return
+        service = self.services.get((destination.address, destination.port))
+        target = destination
+        if service is None:
+            decision = self._egress.decide(6, destination.address, destination.port)
+            if isinstance(decision, Deny):
+                self.counters.drops[Drop.POLICY] += 1
+                if decision.answer is not Answer.SILENT:
+                    self._refuse(packet, neighbour, key, header, decision.reason)
+                return
+            if isinstance(decision, Rewrite):
+                target = decision.endpoint
+        options = wire.parse_options(packet.payload[wire.HEADER_LENGTH : header.payload_at])
+        try:
+            if service is not None:
+                sock, other = socket.socketpair()
+                sock.setblocking(False)
+                other.setblocking(False)
+            else:
+                sock = self.io.socket(socket.AF_INET, socket.SOCK_STREAM)
+        except OSError as error:
+            self.counters.drops[Drop.DESCRIPTORS] += 1
+            self._refuse(packet, neighbour, key, header, f"no socket: {error.strerror}")
+            return
+        flow = TcpFlow(self, key, neighbour, sock, inbound=False, now=now)
+        flow.syn = (header.seq, header.window, options)
+        self.flows[key] = flow
+        if service is not None:
+            self._connected(flow)
+            service(other, Endpoint(packet.source, header.source_port))
+            return
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            address = (target.text, target.port)
+            result = sock.connect_ex(address)
+            if result in _IN_PROGRESS:
+                # On loopback the second call already knows; that saves a turn of the loop.
+                result = sock.connect_ex(address)
+        except OSError as error:
+            result = error.errno or errno.EIO
+        if result in (0, errno.EISCONN):
+            self._connected(flow)
+        elif result in _IN_PROGRESS:
+            try:
+                self.io.watch(sock.fileno(), flow.ready)
+            except OSError as error:
+                self.connect_failed(flow, error.errno or errno.EIO)
+                return
+            flow.watched = True
+            flow.quoted = bytes(packet.data[:60])
+            flow.dialling(now + self.timeouts.tcp_connect_s)
+        else:
+            flow.quoted = bytes(packet.data[:60])
+            self.connect_failed(flow, result)
+
+    def connected(self, flow: TcpFlow, mask: int) -> None:
+        """A connect was pending and its socket is ready: it has succeeded or failed."""
+        number = flow.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if number:
+            self.connect_failed(flow, number)
+        elif mask & (ERROR | HANGUP) and not mask & 4:
+            self.connect_failed(flow, errno.ECONNREFUSED)
+        elif mask & 4:
+            self._connected(flow)
+
+    def _connected(self, flow: TcpFlow) -> None:
+        seq, window, options = flow.syn
+        conn = Connection.passive(
+            self.isn(flow.key), seq, window, options, self.limits.flow_buffer, self.mss
+        )
+        flow.begin(conn)
+        if not flow.watched:
+            flow.watched = True
+            try:
+                self.io.watch(flow.sock.fileno(), flow.ready)
+            except OSError as error:
+                self.connect_failed(flow, error.errno or errno.EIO)
+                return
+        self.opened(flow)
+
+    def opened(self, flow: TcpFlow) -> None:
+        """Count and tell of a new flow."""
+        self.counters.tcp_opened += 1
+        if self._events.wanted:
+            guest, remote = flow.endpoints()
+            self._events.emit(
+                FlowOpened(
+                    time=self.now,
+                    protocol="tcp",
+                    guest=str(guest),
+                    remote=str(remote),
+                    direction="inbound" if flow.inbound else "outbound",
+                )
+            )
+
+    def connect_failed(self, flow: TcpFlow, number: int) -> None:
+        """The host could not connect: RST, or the ICMP error that gives the guest the same errno (T03, T04, F14)."""
+        code = 13 if number in (errno.EACCES, errno.EPERM) else _UNREACHABLE.get(number)
+        seq = flow.syn[0]
+        neighbour = flow.neighbour
+        self.counters.tcp_refused += 1
+        if number in _DESCRIPTORS:
+            self.counters.drops[Drop.DESCRIPTORS] += 1
+        if code is not None and flow.quoted:
+            self.output.icmp_quoting(3, code, flow.quoted, neighbour, now=self.now)
+        if code is None or neighbour.port is None or number == errno.ETIMEDOUT:
+            maker = self._maker(neighbour, flow.key)
+            if maker is not None:
+                maker.port.put((maker.bare(0, (seq + 1) & MASK, RST | ACK, 0),))
+        if self._events.wanted:
+            guest, remote = flow.endpoints()
+            self._events.emit(
+                FlowRefused(
+                    time=self.now, protocol="tcp", guest=str(guest), remote=str(remote), reason=errno.errorcode.get(number, str(number))
+                )
+            )
+        flow.finish(f"connect: {errno.errorcode.get(number, number)}", reset_host=False)
+
+    def _refuse(self, packet: Packet, neighbour: Neighbour, key: bytes, header: wire.Segment, reason: str) -> None:
+        self.counters.tcp_refused += 1
+        maker = self._maker(neighbour, key)
+        if maker is not None:
+            maker.port.put((maker.bare(0, (header.seq + 1) & MASK, RST | ACK, 0),))
+        if self._events.wanted:
+            self._events.emit(
+                FlowRefused(
+                    time=self.now,
+                    protocol="tcp",
+                    guest=str(Endpoint(packet.source, header.source_port)),
+                    remote=str(Endpoint(packet.destination, header.destination_port)),
+                    reason=reason,
+                )
+            )
+
+    # The host side opens.
+
+    def dial(
+        self,
+        guest: Endpoint,
+        sock: Any,
+        source: Endpoint | None,
+        on_close: Callable[[str], None] | None,
+        now: float,
+    ) -> None:
+        """`netstack.api.Dialer.dial`."""
+        self.now = now
+        sock.setblocking(False)
+        neighbour = self.output.neighbour(guest.address)
+        if neighbour is None:
+            neighbour = Neighbour(guest.address, bytes(6), None)
+        if not self.accepting or len(self.flows) >= self.limits.max_flows:
+            self.counters.drops[Drop.TCP_LIMIT] += 1
+            _reset(sock)
+            if on_close is not None:
+                on_close("too many flows")
+            return
+        key = self._inbound_key(guest, source)
+        if key is None:
+            _reset(sock)
+            if on_close is not None:
+                on_close("no free port towards the guest")
+            return
+        flow = TcpFlow(self, key, neighbour, sock, inbound=True, now=now)
+        flow.on_close = on_close
+        self.flows[key] = flow
+        try:
+            if getattr(sock, "family", socket.AF_INET) != socket.AF_UNIX:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.io.watch(sock.fileno(), flow.ready)
+        except OSError as error:
+            flow.finish(f"host: {error.strerror}", reset_host=True)
+            return
+        flow.watched = True
+        if neighbour.port is None:
+            self._resolving.setdefault(guest.address, []).append(flow)
+            self.output.resolve(guest.address, now)
+            return
+        self._dialled(flow)
+
+    def _inbound_key(self, guest: Endpoint, source: Endpoint | None) -> bytes | None:
+        if source is not None:
+            key = guest.address + source.address + guest.port.to_bytes(2, "big") + source.port.to_bytes(2, "big")
+            return None if key in self.flows else key
+        for _ in range(16384):
+            self._dial_port = 49152 if self._dial_port >= 65535 else self._dial_port + 1
+            ports = guest.port.to_bytes(2, "big") + self._dial_port.to_bytes(2, "big")
+            key = guest.address + self._gateway + ports
+            if key not in self.flows:
+                self._time_wait.pop(key, None)
+                return key
+        return None
+
+    def _dialled(self, flow: TcpFlow) -> None:
+        conn = Connection.active(self.isn(flow.key), self.limits.flow_buffer, self.mss)
+        flow.begin(conn)
+
+    def learnt(self, neighbour: Neighbour) -> None:
+        """A guest showed itself: forwards that waited for it begin."""
+        for flow in self._resolving.pop(neighbour.ip, ()):
+            if not flow.end:
+                flow.neighbour = neighbour
+                flow.port = neighbour.port
+                self._dialled(flow)
+
+    def unresolved(self, ip: bytes) -> None:
+        """Nobody answered for `ip`: who waited is reset (L06)."""
+        for flow in self._resolving.pop(ip, ()):
+            if not flow.end:
+                flow.finish("no such guest", reset_host=True)
+
+    # The end of flows.
+
+    def retire(self, flow: TcpFlow, conn: Connection) -> None:
+        """Both directions are closed: leave a note for TIME-WAIT and let go."""
+        note = _TimeWait(conn.snd.max, conn.rcv.nxt, 1024, self.now + self.timeouts.tcp_time_wait_s)
+        time_wait = self._time_wait
+        time_wait.pop(flow.key, None)
+        if len(time_wait) >= TIME_WAIT_LIMIT:
+            del time_wait[next(iter(time_wait))]
+        time_wait[flow.key] = note
+        flow.finish("closed", reset_host=False)
+
+    def gone(self, flow: TcpFlow) -> None:
+        """`flow` has finished."""
+        if self.flows.get(flow.key) is flow:
+            del self.flows[flow.key]
+        if flow.on_close is not None:
+            flow.on_close(flow.end)
+        if flow.conn is not None and self._events.wanted:
+            guest, remote = flow.endpoints()
+            self._events.emit(
+                FlowClosed(
+                    time=self.now,
+                    protocol="tcp",
+                    guest=str(guest),
+                    remote=str(remote),
+                    reason=flow.end,
+                    octets_outbound=flow.octets_out,
+                    octets_inbound=flow.octets_in,
+                    duration_s=self.now - flow.opened_at,
+                )
+            )
+
+    def expire(self, now: float) -> None:
+        """Let old TIME-WAIT notes go; they are in order of time."""
+        for key, note in list(self._time_wait.items()):
+            if note.until > now:
+                break
+            del self._time_wait[key]
+
+    def probe_guest(self, ip: bytes) -> None:
+        """The guest at `ip` began anew (DHCP DISCOVER): a rebooted one answers our probes with RST and frees its flows."""
+        for flow in list(self.flows.values()):
+            if flow.key[:4] == ip:
+                flow.probe()
+
+    def path_mtu(self, key: bytes, seq: int, mtu: int) -> None:
+        """ICMP fragmentation needed from the guest's side about segment `seq` (T55): smaller segments, if it can be true."""
+        flow = self.flows.get(key)
+        if flow is None or flow.conn is None or mtu < 576:
+            return
+        snd = flow.conn.snd
+        if (seq - snd.una) & MASK < max(snd.flight(), 1) and mtu - 40 < snd.mss:
+            snd.mss = mtu - 40
+            flow.frames = None
+            if snd.una != snd.max:
+                snd.timed_out(self.now)
+                flow.resume()
+
+    def reset_guest(self, ip: bytes, reason: str) -> None:
+        for flow in list(self.flows.values()):
+            if flow.key[:4] == ip:
+                flow.abort(reason)
+
+    def close(self, reason: str = "shutting down") -> None:
+        for flow in list(self.flows.values()):
+            flow.abort(reason)
+        self._time_wait.clear()
+
+    def info(self) -> list[FlowInfo]:
+        found: list[FlowInfo] = []
+        for flow in self.flows.values():
+            guest, remote = flow.endpoints()
+            found.append(
+                FlowInfo(
+                    "tcp",
+                    str(guest),
+                    str(remote),
+                    "inbound" if flow.inbound else "outbound",
+                    flow.conn.state.value if flow.conn is not None else "CONNECTING",
+                    flow.octets_out,
+                    flow.octets_in,
+                    self.now - flow.opened_at,
+                )
+            )
+        return found
+
+
+def _reset(sock: Any) -> None:
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    except OSError:
+        pass
+    sock.close()

@@ -1,0 +1,474 @@
+"""One virtual network assembled: links, switch, interface, IPv4, TCP, UDP, ICMP, DHCP, and the host sockets behind them.
+
+Theory of operation. The stack waits on one descriptor (`fileno`: the private epoll of `HostIO` with every link and every
+host socket in it). When it is readable, or `deadline` comes, the owner calls `turn`, which makes one bounded pass: what is
+ready, batch by batch; flows that had more to send; timers; then everything queued leaves. `turn` returns whether it should
+be called again at once. Nothing here awaits, so the stack runs under any loop, or none (in tests, with a clock of their own).
+
+Time: `clock` is read once per turn; every protocol gets `now` from here.
+
+Faults: whatever a guest sends is counted and dropped where it is noticed. An exception that is our own bug is contained: to
+the flow where one is known, else to the batch; it is counted and logged once per place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import socket
+import time
+from collections.abc import Callable
+from heapq import heappop
+from typing import Any, Final
+
+from netstack.api import Clock, DatagramHandler, Datagrams, Endpoint, Link, StreamHandler
+from netstack.dhcp.leases import Leases
+from netstack.dhcp.server import Server as DhcpServer
+from netstack.errors import LinkDown, Malformed
+from netstack.host.icmp_proxy import IcmpProxy
+from netstack.host.io import HostIO, native_io
+from netstack.host.tcp_flow import TcpFlow
+from netstack.host.tcp_proxy import FlowInfo, TcpProxy
+from netstack.host.udp_proxy import UdpProxy
+from netstack.iface.interface import Interface, Packet
+from netstack.iface.neighbours import Neighbour, Neighbours
+from netstack.iface.offload import make_plain
+from netstack.iface.output import Output
+from netstack.iface.switch import Port, Switch
+from netstack.ip import icmp
+from netstack.ip.fragments import Reassembler
+from netstack.ip.ipv4 import Identifications
+from netstack.observe.events import Contained, EventBus
+from netstack.observe.metrics import Counters
+from netstack.policy.egress import Egress
+from netstack.settings import Network
+from netstack.wire import udp
+
+log = logging.getLogger("pyvpnkit.stack")
+
+ROUNDS: Final = 4
+"""Batches per turn before the loop has its turn."""
+GUEST_LOST_S: Final = 30.0
+"""Flows of a guest whose link is gone are reset after this, unless it came back."""
+RETRY_S: Final = 0.002
+"""When a congested link that tells nothing (a full datagram socket) is tried again."""
+
+
+class Stack:
+    """See the module. `io` is where host sockets come from; `rng` decides what nobody may guess."""
+
+    def __init__(
+        self,
+        network: Network,
+        *,
+        clock: Clock = time.monotonic,
+        rng: random.Random | None = None,
+        io: HostIO | None = None,
+        events: EventBus | None = None,
+        leases: Leases | None = None,
+    ) -> None:
+        self.network = network
+        self.clock = clock
+        self.events = events if events is not None else EventBus()
+        self.counters = Counters()
+        rng = rng if rng is not None else random.SystemRandom()
+        self.io = io if io is not None else native_io()
+        self.switch = Switch(self.counters, make_plain)
+        self.neighbours = Neighbours(network.limits.max_neighbours, self.counters.drops)
+        self.leases = leases if leases is not None else Leases(network)
+        self.dhcp = DhcpServer(network, self.leases, counters=self.counters, events=self.events, rng=rng)
+        self.egress = Egress(network)
+        self.output = Output(
+            network, self.counters, self.switch, self.neighbours, icmp.RateLimit(), Identifications(rng)
+        )
+        self._timers: list[tuple[float, int, Any]] = []
+        self.tcp = TcpProxy(
+            network, self.io, self.output, self.egress, self.counters, self.events, rng, self._timers
+        )
+        self.udp = UdpProxy(network, self.io, self.output, self.egress, self.counters, self.events, clock)
+        self.icmp = IcmpProxy(network, self.io, self.output, self.egress, self.counters, self.events, clock)
+        self.icmp.udp_unreachable = self.udp.unreachable
+        self.icmp.tcp_path_mtu = self.tcp.path_mtu
+        limits, timeouts = network.limits, network.timeouts
+        self.reassembler = Reassembler(
+            limits.max_fragments, limits.max_fragment_octets, timeouts.reassembly_s, self.counters
+        )
+        self.interface = Interface(
+            network,
+            self.counters,
+            self.switch,
+            self.neighbours,
+            self.reassembler,
+            self.tcp.flows,
+            self.udp.associations,
+            {1: self.icmp.input, 6: self.tcp.input, 17: self.udp.input},
+            self._dhcp,
+            lambda kind, code, packet, now: self.output.icmp_error(kind, code, packet, now=now),
+            self._learnt,
+            lambda ip: self.leases.at(ip, self.clock()) is not None,
+        )
+        self.on_detached: Callable[[Link, str], None] = lambda link, reason: None
+        """Told of every link that the stack let go of."""
+        self.on_work: Callable[[], None] = lambda: None
+        """Called when something outside a turn (a service's answer, a dial) queued work: the owner calls `turn` soon."""
+        self._port_number = 0
+        self._lost: dict[bytes, float] = {}
+        self._retry_at = 0.0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._told: set[str] = set()
+        self._in_turn = False
+        self._closed = False
+
+    # Links.
+
+    def attach(self, link: Link, identity: str | None = None) -> Port:
+        """Take a link into the network; links of one `identity` belong to one guest."""
+        self._port_number += 1
+        port = Port(link, self._port_number, self.counters, identity)
+        port.on_down = self.detach
+        port.on_blocked = self._blocked
+        self.switch.ports.append(port)
+        self.io.watch(link.fileno(), lambda mask: self._link_ready(port, mask), edge=False)
+        return port
+
+    def detach(self, port: Port, reason: str) -> None:
+        """Let a link go (its peer is gone, or it is no longer wanted); its guests may come back elsewhere."""
+        if port not in self.switch.ports:
+            return
+        self.switch.ports.remove(port)
+        port.alive = False
+        self.io.unwatch(port.link.fileno())
+        self.switch.forget(port)
+        self.dhcp.forget_port(port)
+        until = self.clock() + GUEST_LOST_S
+        for neighbour in self.neighbours.port_lost(port):
+            self._lost[neighbour.ip] = until
+        self.on_detached(port.link, reason)
+        port.link.close()
+
+    def _blocked(self, port: Port) -> None:
+        self.io.want_write(port.link.fileno(), True)
+
+    def _link_ready(self, port: Port, mask: int) -> None:
+        """A link has frames, or room again."""
+        if not port.alive:
+            return
+        if port.congested and mask & ~1:
+            self._relieve(port)
+        if not port.alive:
+            return
+        try:
+            frames = port.link.receive()
+        except LinkDown as error:
+            port.down(str(error))
+            return
+        if frames:
+            try:
+                self.interface.input(port, frames, self.tcp.now)
+            except Exception as error:  # contained: one batch, not the network
+                self._contain("interface", error)
+            self._flush_tcp()
+
+    def _relieve(self, port: Port) -> None:
+        if port.drain():
+            if port.alive:
+                self.io.want_write(port.link.fileno(), False)
+            port.resume()
+        else:
+            # Writable, yet it takes nothing: a datagram peer that does not read. Ask again a little later.
+            self.io.want_write(port.link.fileno(), False)
+            self._retry_at = self.tcp.now + RETRY_S
+
+    def _flush_tcp(self) -> None:
+        """End of a batch; a flow that fails by a bug of ours is reset alone."""
+        tcp = self.tcp
+        while tcp.dirty:
+            dirty, tcp.dirty = tcp.dirty, []
+            for flow in dirty:
+                try:
+                    flow.flush()
+                except Exception as error:  # contained: this flow is reset
+                    self._contain_flow(flow, error)
+
+    def _contain_flow(self, flow: TcpFlow, error: Exception) -> None:
+        self._contain("tcp flow", error)
+        try:
+            flow.abort("internal error")
+        except Exception:
+            log.exception("a flow could not be reset")
+
+    def _contain(self, where: str, error: Exception) -> None:
+        self.counters.contained += 1
+        name = f"{where}: {type(error).__name__}: {error}"
+        if name not in self._told and len(self._told) < 64:
+            self._told.add(name)
+            log.error("contained: %s", name, exc_info=error)
+        self.events.emit(Contained(time=self.tcp.now, where=where, error=repr(error)))
+
+    # Turns.
+
+    def fileno(self) -> int:
+        """Readable when `turn` has work."""
+        return self.io.fileno()
+
+    def turn(self) -> bool:
+        """One bounded pass; True when more work waits right now."""
+        tcp = self.tcp
+        now = tcp.now = self.clock()
+        self._in_turn = True
+        more = False
+        for round_ in range(ROUNDS):
+            events = self.io.poll()
+            for ready, mask in events:
+                try:
+                    ready(mask)
+                except Exception as error:  # contained: one event; a flow's is reset
+                    owner = getattr(ready, "__self__", None)
+                    if isinstance(owner, TcpFlow):
+                        self._contain_flow(owner, error)
+                    else:
+                        self._contain("event", error)
+            if tcp.dirty:
+                self._flush_tcp()
+            if tcp.ready:
+                tcp.pump()
+            for port in self.switch.ports:
+                if port.queued:
+                    port.push()
+            if not events and not tcp.ready:
+                break
+            more = round_ == ROUNDS - 1
+        timers = self._timers
+        if timers and timers[0][0] <= now:
+            self._run_timers(now)
+        self._run_rare(now)
+        if tcp.dirty:
+            self._flush_tcp()
+        for port in tuple(self.switch.ports):
+            if port.queued:
+                port.push()
+        self._in_turn = False
+        return more or bool(tcp.ready) or bool(tcp.dirty)
+
+    def _run_timers(self, now: float) -> None:
+        timers = self._timers
+        while timers and timers[0][0] <= now:
+            when, _number, flow = heappop(timers)
+            # An entry that a nearer one replaced finds another time in its flow and is passed over.
+            if flow.timer_at and flow.timer_at <= when:
+                try:
+                    flow.timer(now)
+                except Exception as error:  # contained: this flow is reset
+                    self._contain_flow(flow, error)
+
+    def _run_rare(self, now: float) -> None:
+        """Time-outs that are looked at each turn because each is one comparison."""
+        output = self.output
+        if output.ask_at and now >= output.ask_at:
+            for ip in output.tick(now):
+                self.tcp.unresolved(ip)
+        if self._retry_at and now >= self._retry_at:
+            self._retry_at = 0.0
+            for port in self.switch.ports:
+                if port.congested:
+                    self.io.want_write(port.link.fileno(), True)
+        deadline = self.udp.deadline()
+        if deadline is not None and now >= deadline:
+            self.udp.expire(now)
+        deadline = self.icmp.deadline()
+        if deadline is not None and now >= deadline:
+            self.icmp.expire(now)
+        deadline = self.reassembler.deadline()
+        if deadline is not None and now >= deadline:
+            for first in self.reassembler.expire(now):
+                neighbour = self.neighbours.get(first[12:16])
+                if neighbour is not None:
+                    self.output.icmp_quoting(11, 1, first, neighbour, now=now)
+        deadline = self.dhcp.deadline()
+        if deadline is not None and now >= deadline:
+            self.dhcp.timeout(now)
+        if self._lost:
+            self._end_lost(now)
+
+    def _end_lost(self, now: float) -> None:
+        """Flows of guests that did not come back."""
+        for ip, until in list(self._lost.items()):
+            neighbour = self.neighbours.get(ip)
+            if neighbour is None or neighbour.port is not None:
+                del self._lost[ip]
+            elif now >= until:
+                del self._lost[ip]
+                self.tcp.reset_guest(ip, "guest is gone")
+                self.udp.close_guest(ip)
+
+    def deadline(self) -> float | None:
+        """When `turn` is next wanted although nothing is readable; `None` for never."""
+        timers = self._timers
+        while timers and (timers[0][2].end or timers[0][2].timer_at != timers[0][0]):
+            heappop(timers)
+        found = [timers[0][0]] if timers else []
+        found += [when for when in (self.output.ask_at, self._retry_at) if when]
+        found += [
+            when
+            for when in (
+                self.udp.deadline(),
+                self.icmp.deadline(),
+                self.reassembler.deadline(),
+                self.dhcp.deadline(),
+            )
+            if when is not None
+        ]
+        found += self._lost.values()
+        return min(found, default=None)
+
+    # Who is where.
+
+    def _learnt(self, neighbour: Neighbour) -> None:
+        self.output.learnt(neighbour)
+        self.tcp.learnt(neighbour)
+
+    def _dhcp(self, packet: Packet, now: float) -> None:
+        try:
+            source_port, _port, payload = udp.parse(packet.payload)
+        except Malformed:
+            self.counters.drops["udp_malformed"] += 1
+            return
+        if not packet.checksum_ok and not udp.verify(packet.payload, packet.source, packet.destination):
+            self.counters.drops["udp_checksum"] += 1
+            return
+        if source_port != 68:
+            self.counters.drops["dhcp_ignored"] += 1
+            return
+        reply = self.dhcp.handle(
+            payload,
+            source_mac=packet.source_mac,
+            source=packet.source,
+            destination=packet.destination,
+            port=packet.port,
+            now=now,
+        )
+        if reply is None:
+            return
+        if packet.source == bytes(4):
+            self.tcp.probe_guest(reply.payload[16:20])
+        datagram = udp.emit(67, 68, reply.payload, reply.source, reply.destination)
+        target = Neighbour(reply.destination, reply.destination_mac, packet.port)
+        self.output.send_to(target, 17, datagram, source=reply.source)
+
+    # Services on our own addresses (netstack.api.Services).
+
+    def serve_datagrams(self, address: bytes, port: int, handler: DatagramHandler) -> None:
+        """Datagrams of guests to `address:port` go to `handler`."""
+
+        def guarded(payload: bytes, source: Endpoint, reply: Callable[[bytes], None]) -> None:
+            def answer(octets: bytes) -> None:
+                reply(octets)
+                self._work()
+
+            handler(payload, source, answer)
+
+        self.udp.services[address, port] = guarded
+
+    def serve_streams(self, address: bytes, port: int, handler: StreamHandler) -> None:
+        """Connections of guests to `address:port` are served by tasks that run `handler`."""
+
+        async def serve(sock: socket.socket, source: Endpoint) -> None:
+            reader, writer = await asyncio.open_connection(sock=sock)
+            try:
+                await handler(reader, writer, source)
+            except (OSError, asyncio.IncompleteReadError):
+                pass  # the guest went away
+            except Exception as error:  # contained: this connection
+                self._contain("service", error)
+            finally:
+                writer.close()
+
+        def start(sock: socket.socket, source: Endpoint) -> None:
+            task = asyncio.get_running_loop().create_task(serve(sock, source))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+        self.tcp.services[address, port] = start
+
+    # Into the guest (netstack.api.Dialer).
+
+    def dial(
+        self,
+        guest: Endpoint,
+        sock: socket.socket,
+        *,
+        source: Endpoint | None = None,
+        on_close: Callable[[str], None] | None = None,
+    ) -> None:
+        """Carry a connected host socket into the guest; see `netstack.api.Dialer`."""
+        self.tcp.dial(guest, sock, source, on_close, self.clock())
+        self._work()
+
+    def datagrams(self, guest: Endpoint, sock: socket.socket) -> Datagrams:
+        """Carry datagrams of a bound host socket to the guest; see `netstack.api.Dialer`."""
+        published: Datagrams = self.udp.publish(guest, sock)
+        return published
+
+    def _work(self) -> None:
+        if not self._in_turn:
+            self.on_work()
+
+    # For people.
+
+    def flows(self) -> list[FlowInfo]:
+        """Every TCP flow and UDP mapping."""
+        now = self.clock()
+        found = self.tcp.info()
+        for flow in self.udp.flows():
+            remotes = ",".join(map(str, flow.remotes[:3])) or "*"
+            found.append(FlowInfo("udp", str(flow.guest), remotes, flow.direction, "", 0, 0, now - flow.opened))
+        return found
+
+    def status(self) -> dict[str, object]:
+        """A summary for status pages; plain values."""
+        now = self.clock()
+        return {
+            "links": [
+                {"name": port.name, "frames_in": port.frames_in, "frames_out": port.frames_out, "congested": port.congested}
+                for port in self.switch.ports
+            ],
+            "guests": [
+                {
+                    "address": Endpoint(neighbour.ip, 0).text,
+                    "mac": neighbour.mac.hex(":"),
+                    "link": neighbour.port.name if neighbour.port is not None else None,
+                }
+                for neighbour in self.neighbours.all()
+            ],
+            "leases": [
+                {"address": Endpoint(lease.address, 0).text, "mac": lease.mac.hex(":"), "hostname": lease.hostname}
+                for lease in self.leases.active(now)
+            ],
+            "tcp_flows": len(self.tcp.flows),
+            "udp_flows": len(self.udp.flows()),
+            "counters": self.counters.as_dict(),
+        }
+
+    # The end.
+
+    def drain(self) -> None:
+        """Take no new flows; those that exist go on."""
+        self.tcp.accepting = False
+        self.udp.draining = True
+
+    def close(self) -> None:
+        """Reset every flow, close every link and socket."""
+        if self._closed:
+            return
+        self._closed = True
+        self.tcp.now = self.clock()
+        self.tcp.close()
+        self.udp.close()
+        self.icmp.close()
+        for port in tuple(self.switch.ports):
+            port.push()
+            self.detach(port, "shutting down")
+        for task in tuple(self._tasks):
+            task.cancel()
+        self.io.close()
