@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from typing import Final
 
+from netstack.api import Link
 from netstack.errors import LinkDown
 
 ETHERNET_HEADER: Final = 14
@@ -23,3 +24,10 @@ def only_busy(name: str, error: OSError) -> None:
     """
     if error.errno not in _PASSING:
         raise LinkDown(f"{name}: {error.strerror or error}") from None
+
+
+def bare(link: Link) -> Link:
+    """The link inside its wrappers (capture, faults), which have it as `inner`."""
+    while (inner := getattr(link, "inner", None)) is not None:
+        link = inner
+    return link

@@ -202,9 +202,7 @@ def _plausible(scheme: str, how: How, where: str, connect: bool) -> bool:
         case "inherited" | "fd" | "pid":
             return where.isascii() and where.isdigit()
         case "unix":
-            return (
-                ("/" in where or where.startswith("@")) and "\0" not in where and not (connect and scheme == "unixgram")
-            )
+            return "/" in where and not (connect and scheme == "unixgram")
         case "tcp":
             return scheme in STREAMS and _host_and_port(where)
         case "netns":

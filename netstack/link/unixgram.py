@@ -19,6 +19,7 @@ probed. The server socket stays, and the peer may come back without a word (thre
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import mmap
@@ -244,14 +245,12 @@ class UnixgramServer:
         self._loop.add_reader(self.sock.fileno(), self._readable)
 
     def close(self) -> None:
-        """Stop, and close the socket. The links are their owner's to close first."""
+        """Stop, and close the socket and what links are left."""
         if self._loop is not None and self._direct is None:
             self._loop.remove_reader(self.sock.fileno())
         self._loop = None
-        for carrier in self._carriers.values():
-            carrier.close()
-        self._carriers.clear()
-        self._links.clear()
+        for link in tuple(self._links.values()):
+            link.close()
         self.sock.close()
 
     def forget(self, link: PeerLink) -> None:
@@ -301,8 +300,16 @@ class UnixgramServer:
             self._loop.call_soon(call, *arguments)
 
     def _announce(self, link: PeerLink) -> None:
-        if self._links.get(link.peer) is link:
-            self._appeared(link)
+        if self._links.get(link.peer) is not link:
+            return
+        direct = link is self._direct
+        self._appeared(link)
+        if (
+            direct and link.peer not in self._links
+        ):  # not wanted, nor is what it came with: otherwise it came at once again
+            self.counters.drops[Drop.LINK_FULL] += 1
+            with contextlib.suppress(OSError):
+                self.sock.recv_into(self._scratch)
 
     def _part(self, link: PeerLink) -> None:
         if self._links.get(link.peer) is link:

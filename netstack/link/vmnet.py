@@ -20,7 +20,7 @@ import struct
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum, StrEnum
+from enum import Enum
 from typing import Final, TypeAlias
 
 from netstack.errors import GuestError, Malformed
@@ -45,25 +45,12 @@ class Command(Enum):
     PREFERRED_IPV4 = 8
 
 
-class Refusal(StrEnum):
-    """Why a client gets no interface; the text is VPNKit's, clients show it."""
-
-    OUT_OF_RANGE = "Preferred IP address out of range."
-    IN_USE = "Preferred IP address {address} already used."
-    EXHAUSTED = "No IP addresses available."
-    ANOTHER = "UUID already assigned to a different IP than the IP requested by the client"
-
-
-class Refused(GuestError):
-    """Raised by `Reserve`: the client is told the reason and closed."""
-
-    def __init__(self, refusal: Refusal, address: bytes = bytes(4)) -> None:
-        super().__init__(refusal.format(address=".".join(map(str, address))))
-        self.refusal = refusal
-
-
 Reserve: TypeAlias = Callable[[uuid.UUID, bytes | None], tuple[bytes, bytes]]
-"""`reserve(uuid, preferred) -> (ip, mac)`: 4 and 6 octets, the same for one UUID ever after. Raises `Refused`."""
+"""`reserve(uuid, preferred) -> (ip, mac)`: 4 and 6 octets, the same for one UUID ever after.
+
+Raises `GuestError`, whose text the client is told: VPNKit has "No IP addresses available." and three more, which
+`netstack.dhcp.leases` says.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,7 +180,7 @@ class Handshake:
         identity = request.uuid or uuid.UUID(int=self._rng.getrandbits(128), version=4)
         try:
             ip, mac = self._reserve(identity, request.preferred)
-        except Refused as error:
+        except GuestError as error:
             self.failure = str(error)
             return emit_disconnect(str(error))
         self.identity = Identity(uuid=identity, ip=ip, mac=mac)

@@ -1,0 +1,55 @@
+"""A link with a capture around it: every frame of both directions is written, the link's headroom is not.
+
+Put around a link and taken off again while it runs (`port.link = CaptureLink(port.link, writer)`, `port.link = link.inner`);
+where there is none, there is nothing to pay. Frames are written as they are on the link. With offloads (TAP, packet) that
+means: super-frames longer than the MTU, and TCP and UDP checksums of frames *towards* the guest that hold the partial sum
+which the guest's kernel completes. Wireshark does not verify these checksums unless told to; filling them in would cost a pass
+over every octet, which is what the offload saves.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from netstack.api import Frame, Link
+from netstack.observe.pcap import INBOUND, OUTBOUND, PcapWriter
+
+
+class CaptureLink:
+    """`Link` that records. `inner` is the link itself. `wall_ns` are nanoseconds since 1970."""
+
+    def __init__(self, inner: Link, writer: PcapWriter, *, wall_ns: Callable[[], int] = time.time_ns) -> None:
+        self.inner = inner
+        self.name = inner.name
+        self.headroom = inner.headroom
+        self.mtu = inner.mtu
+        self.max_frame = inner.max_frame
+        self.tso = inner.tso
+        self.partial_checksums = inner.partial_checksums
+        self.retry_s: float = getattr(inner, "retry_s", 0.0)
+        self._writer = writer
+        self._wall_ns = wall_ns
+        self._interface = writer.add_interface(inner.name)
+        self.fileno = inner.fileno
+        self.flush = inner.flush
+        self.prefix = inner.prefix
+        self.close = inner.close
+
+    def receive(self) -> Sequence[memoryview]:
+        """As the inner link's."""
+        frames = self.inner.receive()
+        if frames:
+            now, headroom, write, number = self._wall_ns(), self.headroom, self._writer.write, self._interface
+            for frame in frames:
+                write(number, INBOUND, now, frame[headroom:])
+        return frames
+
+    def send(self, frames: Sequence[Frame]) -> int:
+        """As the inner link's; records what was taken."""
+        taken = self.inner.send(frames)
+        if taken:
+            now, headroom, write, number = self._wall_ns(), self.headroom, self._writer.write, self._interface
+            for frame in frames[:taken]:
+                write(number, OUTBOUND, now, memoryview(b"".join(frame))[headroom:])
+        return taken
