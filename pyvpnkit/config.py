@@ -27,8 +27,8 @@ class CaptureSettings:
 
     file: str | None = None
     """Write every frame of every link to this pcapng file, both directions. A full disk stops the capture, not the network."""
-    size: int = 0
-    """Octets after which a new file is begun; 0 means one file without limit."""
+    size: int = 256 << 20
+    """Octets after which the file becomes FILE.1 and a new one is begun; at least 64K, or 0 for one file without limit."""
     files: int = 2
     """How many files of `size` are kept, the current one included; the oldest goes first."""
     snaplen: int = 65535
@@ -208,7 +208,7 @@ OPTIONS: Final[tuple[Option, ...]] = (
     _timeout("reassembly_s", "15"),
     _timeout("grace_s", "30", reload=True),
     _option("capture.file", "--capture", "FILE", values.or_off(values.text), "/tmp/guest.pcapng"),
-    _option("capture.size", "--capture-size", "SIZE", values.octets, "100M"),
+    _option("capture.size", "--capture-size", "SIZE", values.file_size, "100M"),
     _option("capture.files", "--capture-files", "N", values.number(1), "5"),
     _option("capture.snaplen", "--capture-snaplen", "OCTETS", values.number(64, 1 << 18), "128"),
     _option("dns.servers", "--dns-server", "IP[:PORT]", values.server, "9.9.9.9", many=True, reload=True),
@@ -282,6 +282,8 @@ def default_text(option: Option) -> str:
         return ",".join(str(one) for one in value) or "none"
     if isinstance(value, dict):
         return "none"
+    if option.metavar == "SIZE" and value and not value % (1 << 10):
+        return f"{value >> 20}M" if not value % (1 << 20) else f"{value >> 10}K"
     if isinstance(value, float):
         return f"{value:g}"
     return str(value)

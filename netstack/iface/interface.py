@@ -308,7 +308,7 @@ class Interface:
             # The kernel fills checksums in before it fragments.
             trusted = False
         packet = Packet(port, source_mac, header, data, neighbour, trusted)
-        if header.protocol == _UDP and len(packet.payload) >= 8 and packet.payload[2:4] == b"\0C":
+        if header.protocol == _UDP and len(packet.payload) >= 8 and bytes(packet.payload[2:4]) == b"\0C":
             if destination == _LIMITED_BROADCAST or destination in self._own or destination in self._broadcasts:
                 self._dhcp(packet, now)
                 return

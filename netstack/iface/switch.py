@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, Final
 
 from netstack.api import Frame, Link
@@ -101,6 +102,9 @@ class Port:
 
     def _send(self, frames: Sequence[Frame]) -> None:
         self.frames_out += len(frames)
+        counters = self.counters
+        counters.frames_out += len(frames)
+        counters.octets_out += sum(map(len, chain.from_iterable(frames))) - self.headroom * len(frames)
         if self.congested:
             self._keep(frames)
             return
