@@ -83,9 +83,7 @@ class Stack:
             network, self.counters, self.switch, self.neighbours, icmp.RateLimit(), Identifications(rng)
         )
         self._timers: list[tuple[float, int, Any]] = []
-        self.tcp = TcpProxy(
-            network, self.io, self.output, self.egress, self.counters, self.events, rng, self._timers
-        )
+        self.tcp = TcpProxy(network, self.io, self.output, self.egress, self.counters, self.events, rng, self._timers)
         self.udp = UdpProxy(network, self.io, self.output, self.egress, self.counters, self.events, clock)
         self.icmp = IcmpProxy(network, self.io, self.output, self.egress, self.counters, self.events, clock)
         self.icmp.udp_unreachable = self.udp.unreachable
@@ -129,7 +127,15 @@ class Stack:
         port.on_down = self.detach
         port.on_blocked = self._blocked
         self.switch.ports.append(port)
-        self.io.watch(link.fileno(), lambda mask: self._link_ready(port, mask), edge=False)
+        receive: Callable[[], Any] = link.receive
+        take: Callable[..., None] = self.interface.input
+        if hasattr(link, "receive_trains"):
+            receive, take = link.receive_trains, self.interface.input_trains
+
+        def ready(mask: int) -> None:
+            self._link_ready(port, mask, receive, take)
+
+        self.io.watch(link.fileno(), ready, edge=False)
         return port
 
     def detach(self, port: Port, reason: str) -> None:
@@ -150,7 +156,7 @@ class Stack:
     def _blocked(self, port: Port) -> None:
         self.io.want_write(port.link.fileno(), True)
 
-    def _link_ready(self, port: Port, mask: int) -> None:
+    def _link_ready(self, port: Port, mask: int, receive: Callable[[], Any], take: Callable[..., None]) -> None:
         """A link has frames, or room again."""
         if not port.alive:
             return
@@ -159,13 +165,13 @@ class Stack:
         if not port.alive:
             return
         try:
-            frames = port.link.receive()
+            frames = receive()
         except LinkDown as error:
             port.down(str(error))
             return
         if frames:
             try:
-                self.interface.input(port, frames, self.tcp.now)
+                take(port, frames, self.tcp.now)
             except Exception as error:  # contained: one batch, not the network
                 self._contain("interface", error)
             self._flush_tcp()
@@ -430,7 +436,12 @@ class Stack:
         now = self.clock()
         return {
             "links": [
-                {"name": port.name, "frames_in": port.frames_in, "frames_out": port.frames_out, "congested": port.congested}
+                {
+                    "name": port.name,
+                    "frames_in": port.frames_in,
+                    "frames_out": port.frames_out,
+                    "congested": port.congested,
+                }
                 for port in self.switch.ports
             ],
             "guests": [

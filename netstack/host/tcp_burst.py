@@ -45,8 +45,7 @@ class Burst:
         self._headers = column("u1", 0, self._head, 1)
         self._seqs = column(">u4", headroom + _SEQ_AT)
         self._checksums = column(">u2", headroom + _CHECKSUM_AT)
-        width = 4 if mss % 4 == 0 else 2
-        self._words = column(f"<u{width}", self._head, mss // width, width)
+        self._words = column("<u2", self._head, mss // 2, 2)
         self._odd = column("u1", stride - 1) if mss & 1 else None
         self._steps = np.arange(self.count, dtype=np.uint64) * mss
 
@@ -78,7 +77,7 @@ class Burst:
             self._headers[:full] = np.frombuffer(template, dtype="u1")
             numbers = (self._steps[:full] + seq) & MASK
             self._seqs[:full] = numbers
-            sums = self._words[:full].sum(axis=1, dtype=np.uint64) % 0xFFFF
+            sums = self._words[:full].sum(axis=1, dtype=np.uint32).astype(np.uint64) % 0xFFFF
             sums = ((sums & 0xFF) << 8) + (sums >> 8)
             if self._odd is not None:
                 sums += self._odd[:full].astype(np.uint64) << 8

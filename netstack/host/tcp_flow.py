@@ -173,6 +173,36 @@ class TcpFlow:
                 return
         self._slow_segment(frame, at, end, seq, ack, offset_flags, window)
 
+    def train(
+        self, view: memoryview, stride: int, count: int, at: int, length: int, seq: int, ack: int, window: int
+    ) -> bool:
+        """`count` segments of `length` octets each, one after another; False when they must be looked at one by one."""
+        conn = self.conn
+        if conn is None or not conn.plain:
+            return False
+        rcv, snd = conn.rcv, conn.snd
+        octets = length * count
+        if seq != rcv.nxt or octets > (rcv.right - seq) & MASK:
+            return False
+        window <<= snd.shift
+        advance = (ack - snd.una) & MASK
+        if advance:
+            if advance > (snd.max - snd.una) & MASK:
+                return False
+            snd.acknowledge(ack, self._proxy.now)
+            self._acked = True
+            snd.wnd = window
+        elif window != snd.wnd:
+            return False
+        rcv.nxt = (seq + octets) & MASK
+        end = stride * count
+        self._iov += [view[start : start + length] for start in range(at, end, stride)]
+        self._iov_octets += octets
+        if not self.dirty:
+            self.dirty = True
+            self._proxy.dirty.append(self)
+        return True
+
     def _slow_segment(
         self, frame: memoryview, at: int, end: int, seq: int, ack: int, offset_flags: int, window: int
     ) -> None:

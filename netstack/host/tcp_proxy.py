@@ -315,9 +315,7 @@ class TcpProxy:
 
     def _connected(self, flow: TcpFlow) -> None:
         seq, window, options = flow.syn
-        conn = Connection.passive(
-            self.isn(flow.key), seq, window, options, self.limits.flow_buffer, self.mss
-        )
+        conn = Connection.passive(self.isn(flow.key), seq, window, options, self.limits.flow_buffer, self.mss)
         flow.begin(conn)
         if not flow.watched:
             flow.watched = True
@@ -361,7 +359,11 @@ class TcpProxy:
             guest, remote = flow.endpoints()
             self._events.emit(
                 FlowRefused(
-                    time=self.now, protocol="tcp", guest=str(guest), remote=str(remote), reason=errno.errorcode.get(number, str(number))
+                    time=self.now,
+                    protocol="tcp",
+                    guest=str(guest),
+                    remote=str(remote),
+                    reason=errno.errorcode.get(number, str(number)),
                 )
             )
         flow.finish(f"connect: {errno.errorcode.get(number, number)}", reset_host=False)

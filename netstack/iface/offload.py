@@ -10,7 +10,9 @@ from typing import Final
 
 from netstack.wire.checksum import internet, partial, pseudo
 
-VNET_HEADER: Final = struct.Struct("<BBHHHHH")  # flags, gso_type, hdr_len, gso_size, csum_start, csum_offset, num_buffers
+VNET_HEADER: Final = struct.Struct(
+    "<BBHHHHH"
+)  # flags, gso_type, hdr_len, gso_size, csum_start, csum_offset, num_buffers
 NEEDS_CHECKSUM: Final = 1
 _FIN_PSH: Final = 0x09
 

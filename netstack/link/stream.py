@@ -21,6 +21,7 @@ from typing import ClassVar, Final
 from netstack.api import Frame
 from netstack.errors import LinkDown
 from netstack.link.common import ETHERNET_HEADER, VLAN_TAG, only_busy
+from netstack.link.trains import FEWEST, SHORTEST, Train, TrainFinder
 from netstack.observe.metrics import Counters, Drop
 
 LARGEST_BELIEVED: Final = 69632
@@ -43,8 +44,6 @@ class StreamLink:
     headroom: ClassVar[int]
     tso: int = 0
     partial_checksums: bool = False
-    retry_s: float = 0.0
-    """0: the descriptor itself becomes writable when the peer reads again, no timer is needed for `flush`."""
 
     _length: ClassVar[Struct]
 
@@ -77,6 +76,7 @@ class StreamLink:
         """Octets `start:end` of the buffer wait to be cut into frames."""
         self._buffer[: len(received)] = received
         self._lie = ""
+        self._trains: TrainFinder | None = None
         self._rest: memoryview | bytes = b""
 
     def fileno(self) -> int:
@@ -91,6 +91,40 @@ class StreamLink:
         """See `Link`. One read of at most 256 KiB and the whole frames in it."""
         self._fill()
         return self._cut()
+
+    def receive_trains(self) -> list[memoryview | Train]:
+        """As `receive`, but runs of segments come as one `Train` each. Do not mix the two within a batch."""
+        self._fill()
+        if self._trains is None:
+            if self._end - self._start < FEWEST * SHORTEST:
+                return list(self._cut())
+            self._trains = TrainFinder(self.headroom)
+        return self._couple(self._trains)
+
+    def _couple(self, finder: TrainFinder) -> list[memoryview | Train]:
+        """`_cut` that tries for a train at each large frame with enough behind it; after a miss, not for a while."""
+        view, buffer, headroom = self._view, self._buffer, self.headroom
+        unpack = self._length.unpack_from
+        found: list[memoryview | Train] = []
+        while True:
+            position, end = self._start, self._end
+            if position + headroom > end or self._lie:
+                break
+            (length,) = unpack(buffer, position)
+            stride = headroom + length
+            if SHORTEST <= length <= self.max_frame and end - position >= FEWEST * stride:
+                train = finder.find(buffer, view, position, end, length)
+                if train is not None:
+                    found.append(train)
+                    self._start = position + train.stride * train.count
+                    continue
+                found += self._cut(FEWEST)
+            else:
+                some = self._cut(FEWEST)
+                if self._start == position:
+                    break
+                found += some
+        return found
 
     def _fill(self) -> None:
         """Keep the unfinished frame, read once behind it. Raises `LinkDown` at the end of the stream."""
@@ -111,14 +145,14 @@ class StreamLink:
             raise LinkDown(f"{self.name}: closed by the peer" + (" inside a frame" if end else ""))
         self._end = end + got
 
-    def _cut(self) -> list[memoryview]:
-        """The whole frames of what was read."""
+    def _cut(self, most: int = 1 << 30) -> list[memoryview]:
+        """The whole frames of what was read, or the first `most` of them."""
         position, end, view, buffer = self._start, self._end, self._view, self._buffer
         unpack, headroom, largest = self._length.unpack_from, self.headroom, self.max_frame
         last = end - headroom
         frames: list[memoryview] = []
         append = frames.append
-        while position <= last:
+        while position <= last and len(frames) < most:
             (length,) = unpack(buffer, position)
             stop = position + headroom + length
             if stop > end:

@@ -84,7 +84,9 @@ class Connection:
         self._challenge_at = 0.0
 
     @classmethod
-    def passive(cls, iss: int, irs: int, window: int, options: Options, capacity: int, announced_mss: int) -> Connection:
+    def passive(
+        cls, iss: int, irs: int, window: int, options: Options, capacity: int, announced_mss: int
+    ) -> Connection:
         """Answer the guest's SYN (number `irs`, unscaled `window`): the state is SYN-RECEIVED."""
         scaled = options.window_shift is not None
         conn = cls(iss, irs, capacity, announced_mss, scaled=scaled, sack=options.sack_permitted)
@@ -179,7 +181,9 @@ class Connection:
                     self.challenge(now)
                 if flags & ACK and not flags & SYN and self._ack_in_flight(seg_ack):
                     # RFC 9293 allows ACK processing of unacceptable segments at zero window.
-                    self._process_ack(seg_seq, 0, seg_ack, seg_wnd, options, now, update_window=distance(rcv.nxt, seg_seq) >= 0)
+                    self._process_ack(
+                        seg_seq, 0, seg_ack, seg_wnd, options, now, update_window=distance(rcv.nxt, seg_seq) >= 0
+                    )
             return None
         # Second, RST (RFC 5961 3.2).
         if flags & RST:
@@ -238,7 +242,9 @@ class Connection:
             self.challenge(now)  # acknowledges what was never sent (RFC 5961 5.2)
             return False
         if ahead < 0:
-            return distance(seg_ack, snd.una) <= 0xFFFF << snd.shift or not seg_len  # an old duplicate: text still counts
+            return (
+                distance(seg_ack, snd.una) <= 0xFFFF << snd.shift or not seg_len
+            )  # an old duplicate: text still counts
         window = seg_wnd << snd.shift
         if options.sack:
             snd.learn_sack(options.sack)

@@ -85,7 +85,9 @@ class Receiver:
         if begin >= stop or len(self.pieces) >= MAX_PIECES:
             return None
         piece = ((nxt + begin) & MASK, (nxt + stop) & MASK)
-        touches = (at > 0 and self.pieces[at - 1][1] == piece[0]) or (at < len(self.pieces) and self.pieces[at][0] == piece[1])
+        touches = (at > 0 and self.pieces[at - 1][1] == piece[0]) or (
+            at < len(self.pieces) and self.pieces[at][0] == piece[1]
+        )
         if not touches and len(self.ranges()) >= MAX_RANGES:
             return None
         self.pieces.insert(at, piece)

@@ -21,7 +21,9 @@ URG: Final = 0x20
 ECE: Final = 0x40
 CWR: Final = 0x80
 
-HEADER: Final = struct.Struct("!HHIIHHHH")  # source, destination, sequence, acknowledgement, offset+flags, window, checksum, urgent
+HEADER: Final = struct.Struct(
+    "!HHIIHHHH"
+)  # source, destination, sequence, acknowledgement, offset+flags, window, checksum, urgent
 HEADER_LENGTH: Final = 20
 
 _MSS = 2
