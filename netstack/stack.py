@@ -86,8 +86,7 @@ class Stack:
         self.tcp = TcpProxy(network, self.io, self.output, self.egress, self.counters, self.events, rng, self._timers)
         self.udp = UdpProxy(network, self.io, self.output, self.egress, self.counters, self.events, clock)
         self.icmp = IcmpProxy(network, self.io, self.output, self.egress, self.counters, self.events, clock)
-        self.icmp.udp_unreachable = self.udp.unreachable
-        self.icmp.tcp_path_mtu = self.tcp.path_mtu
+        self.icmp.guest_errors.update({6: self.tcp.guest_error, 17: self.udp.guest_error})
         limits, timeouts = network.limits, network.timeouts
         self.reassembler = Reassembler(
             limits.max_fragments, limits.max_fragment_octets, timeouts.reassembly_s, self.counters
@@ -307,6 +306,7 @@ class Stack:
                 del self._lost[ip]
                 self.tcp.reset_guest(ip, "guest is gone")
                 self.udp.close_guest(ip)
+                self.icmp.close_guest(ip)
 
     def deadline(self) -> float | None:
         """When `turn` is next wanted although nothing is readable; `None` for never."""
@@ -467,6 +467,7 @@ class Stack:
         """Take no new flows; those that exist go on."""
         self.tcp.accepting = False
         self.udp.draining = True
+        self.icmp.draining = True
 
     def close(self) -> None:
         """Reset every flow, close every link and socket."""

@@ -38,6 +38,7 @@ from netstack.policy.egress import Answer, Deny, Egress, Rewrite
 from netstack.settings import Network
 from netstack.tcp.connection import Connection
 from netstack.tcp.seq import MASK
+from netstack.tcp.state import State
 from netstack.wire import tcp as wire
 from netstack.wire.checksum import verify
 from netstack.wire.tcp import ACK, FIN, RST, SYN
@@ -464,6 +465,9 @@ class TcpProxy:
 
     def retire(self, flow: TcpFlow, conn: Connection) -> None:
         """Both directions are closed: leave a note for TIME-WAIT and let go."""
+        if conn.state is not State.TIME_WAIT:
+            flow.finish("closed", reset_host=False)
+            return
         note = _TimeWait(conn.snd.max, conn.rcv.nxt, 1024, self.now + self.timeouts.tcp_time_wait_s)
         time_wait = self._time_wait
         time_wait.pop(flow.key, None)
@@ -506,18 +510,29 @@ class TcpProxy:
             if flow.key[:4] == ip:
                 flow.probe()
 
-    def path_mtu(self, key: bytes, seq: int, mtu: int) -> None:
-        """ICMP fragmentation needed from the guest's side about segment `seq` (T55): smaller segments, if it can be true."""
+    def guest_error(self, packet: Packet, kind: int, code: int, mtu: int, quoted: memoryview, now: float) -> None:
+        """An ICMP error of the guest about `quoted`, our packet to it (RFC 5927: the number must be in flight).
+
+        Fragmentation needed makes smaller segments (T55); unreachable ends a connection that is being opened into the guest
+        (T20) and never an established one (G29).
+        """
+        at = (quoted[0] & 15) << 2
+        key = bytes(quoted[16:20]) + bytes(quoted[12:16]) + bytes(quoted[at + 2 : at + 4]) + bytes(quoted[at : at + 2])
         flow = self.flows.get(key)
-        if flow is None or flow.conn is None or mtu < 576:
+        if flow is None or flow.conn is None:
             return
-        snd = flow.conn.snd
-        if (seq - snd.una) & MASK < max(snd.flight(), 1) and mtu - 40 < snd.mss:
-            snd.mss = mtu - 40
-            flow.frames = None
-            if snd.una != snd.max:
+        conn = flow.conn
+        snd = conn.snd
+        if (int.from_bytes(quoted[at + 4 : at + 8], "big") - snd.una) & MASK >= max(snd.flight(), 1):
+            return
+        if (kind, code) == (3, 4):
+            if 576 <= mtu and mtu - 40 < snd.mss:
+                snd.mss = mtu - 40
+                flow.frames = None
                 snd.timed_out(self.now)
                 flow.resume()
+        elif kind == 3 and conn.state is State.SYN_SENT:
+            flow.finish("guest: unreachable", reset_host=True)
 
     def reset_guest(self, ip: bytes, reason: str) -> None:
         for flow in list(self.flows.values()):

@@ -45,7 +45,7 @@ class Neighbours:
         return list(self._table.values())
 
     def learn(self, ip: bytes, mac: bytes, port: Port) -> Neighbour | None:
-        """The neighbour that `ip` is, now known to be `mac` behind `port`; `None` when it is somebody else's or the table is full."""
+        """The neighbour that `ip` is, now known to be `mac` behind `port`; `None` when it may not be."""
         known = self._table.get(ip)
         if known is not None:
             if known.port is port and known.mac == mac:

@@ -18,12 +18,8 @@ SHORTEST: Final = 600
 """Frames below this many octets are not worth a look."""
 FEWEST: Final = 6
 _HEADERS: Final = 54
-_MAY_DIFFER: Final = frozenset(
-    [18, 19, 24, 25]  # IPv4 identification and checksum
-    + [38, 39, 40, 41]  # sequence number
-    + [47]  # flags: PSH, looked at apart
-    + [50, 51]  # TCP checksum
-)
+_MAY_DIFFER: Final = frozenset((18, 19, 24, 25, 38, 39, 40, 41, 47, 50, 51))
+"""IPv4 identification and checksum, sequence number, flags (PSH, looked at apart), TCP checksum."""
 _ETHERTYPE_TO_IHL: Final = b"\x08\x00\x45"
 _PSH: Final = 8
 
