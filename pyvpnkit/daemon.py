@@ -1,0 +1,224 @@
+"""`pyvpnkit run`: a service with signals, readiness, files and a log.
+
+start:   limits, log, pid file, state directory -> the service (ports, links) -> another user -> ready
+HUP:     settings again; a mistake in them changes nothing
+USR1:    a summary on standard error
+TERM:    stop accepting -> wait for flows, at most `grace_s` -> reset the rest -> sockets and files removed -> exit 0
+again:   the same without waiting
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final, TextIO
+
+from netstack.errors import ConfigError
+from pyvpnkit import process
+from pyvpnkit.config import Settings
+from pyvpnkit.service import Service
+
+log = logging.getLogger("pyvpnkit")
+
+LEASE_FILE: Final = "leases.json"
+MAX_LISTED: Final = 50
+"""Flows written out in a summary; the rest is counted."""
+
+Reload = Callable[[], Settings]
+"""Reads the settings again; raises `ConfigError`."""
+
+
+def main(settings: Settings, *, ready_fd: int | None = None, reload: Reload | None = None) -> int:
+    """Serve until told to stop; returns the exit status. Raises `ConfigError` and `HostError` for what prevents a start."""
+    if not settings.links:
+        raise ConfigError(
+            "links: there is none, so no guest could attach; give --link, for example --link qemu:/tmp/net.sock"
+        )
+    start_log(settings.log_level)
+    limit = process.raise_descriptor_limit()
+    log.debug("up to %d descriptors", limit)
+    with contextlib.ExitStack() as files:
+        if settings.pid_file is not None:
+            files.callback(process.PidFile(settings.pid_file).close)
+        lease_file = files.enter_context(_lease_file(settings))
+        return run(lambda: _serve(settings, lease_file, ready_fd, reload))
+
+
+def run(main: Callable[[], Any]) -> int:
+    """Run the coroutine `main()` in the best loop there is, and return what it returns."""
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        return int(runner.run(main()))
+
+
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    """uvloop's where it is installed, else asyncio's."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
+
+
+def start_log(level: str) -> None:
+    """Log to standard error; without the time where a journal adds its own. A log that cannot be written is dropped (R8)."""
+    when = "" if os.environ.get("JOURNAL_STREAM") else "%(asctime)s "
+    logging.basicConfig(format=f"{when}%(levelname)s %(message)s", stream=sys.stderr)
+    logging.raiseExceptions = False
+    set_log_level(level)
+
+
+def set_log_level(level: str) -> None:
+    """For our own modules; libraries keep to warnings."""
+    log.setLevel(level.upper())
+
+
+@contextlib.contextmanager
+def _lease_file(settings: Settings) -> Iterator[Path | None]:
+    if settings.state_dir is None:
+        yield None
+        return
+    try:
+        directory = process.StateDirectory(
+            process.StateDirectory.default() if settings.state_dir == "auto" else Path(settings.state_dir)
+        )
+    except ConfigError as error:
+        if settings.state_dir != "auto":
+            raise
+        # Nobody asked for that very directory: a second daemon of one user should still run.
+        log.warning("%s; leases are kept in memory only", error)
+        yield None
+        return
+    try:
+        yield directory.path / LEASE_FILE
+    finally:
+        directory.close()
+
+
+async def _serve(settings: Settings, lease_file: Path | None, ready_fd: int | None, reload: Reload | None) -> int:
+    loop = asyncio.get_running_loop()
+    began = time.monotonic()
+    stop = _Stop()
+    service = Service(settings, lease_file=lease_file)
+    loop.set_exception_handler(lambda _loop, context: _uncaught(service, context))
+    async with service:
+        with _signals(
+            loop,
+            {
+                signal.SIGTERM: stop.asked,
+                signal.SIGINT: stop.asked,
+                signal.SIGHUP: lambda: reload_settings(service, reload),
+                signal.SIGUSR1: lambda: print_status(service, time.monotonic() - began),
+            },
+        ):
+            if settings.user is not None:
+                process.become(settings.user)
+            process.settle_memory()
+            log.info("ready")
+            process.notify("READY=1", f"MAINPID={os.getpid()}")
+            if ready_fd is not None:
+                process.say_ready(ready_fd)
+            await _first(stop.once.wait(), service.attachments.over.wait())
+            process.notify("STOPPING=1")
+            if not stop.once.is_set():
+                log.info("the last link has ended and none can come any more")
+            else:
+                grace_s = service.settings.network.timeouts.grace_s
+                log.info("stopping; flows have %g s to finish", grace_s)
+                await _first(service.drain(grace_s), stop.twice.wait())
+    log.info("stopped")
+    return 0
+
+
+class _Stop:
+    """The first wish to stop, and the second, which is impatient."""
+
+    def __init__(self) -> None:
+        self.once = asyncio.Event()
+        self.twice = asyncio.Event()
+
+    def asked(self) -> None:
+        (self.twice if self.once.is_set() else self.once).set()
+
+
+async def _first(*waits: Any) -> None:
+    """Wait for the first of several, and end the others."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@contextlib.contextmanager
+def _signals(loop: asyncio.AbstractEventLoop, handlers: Mapping[signal.Signals, Callable[[], None]]) -> Iterator[None]:
+    for number, handler in handlers.items():
+        loop.add_signal_handler(number, handler)
+    try:
+        yield
+    finally:
+        for number in handlers:
+            loop.remove_signal_handler(number)
+
+
+def _uncaught(service: Service, context: Mapping[str, Any]) -> None:
+    """Nothing of ours should come here: counted, logged, and the loop goes on."""
+    service.stack.counters.contained += 1
+    error = context.get("exception")
+    log.error("a fault of ours, contained: %s", context.get("message"), exc_info=error if error is not None else False)
+
+
+def reload_settings(service: Service, reload: Reload | None) -> None:
+    """SIGHUP."""
+    process.notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+    try:
+        new = reload() if reload is not None else service.settings
+    except ConfigError as error:
+        log.error("settings are not reloaded, because of\n%s", error)
+    else:
+        now, later = service.reload(new)
+        set_log_level(new.log_level)
+        log.info("reloaded: %s", ", ".join(option.key for option in now) or "nothing that can change now has changed")
+        if later:
+            log.warning("these need a restart: %s", ", ".join(option.key for option in later))
+    process.notify("READY=1")
+
+
+def print_status(service: Service, up_s: float, out: TextIO | None = None) -> None:
+    """SIGUSR1."""
+    lines = [f"pyvpnkit {os.getpid()}, up {up_s:.0f} s"]
+    for name, value in service.status().items():
+        lines += _shown(name, value, 0)
+    with contextlib.suppress(OSError):
+        print("\n".join(lines), file=out or sys.stderr, flush=True)
+
+
+def _shown(name: str, value: Any, depth: int) -> Iterator[str]:
+    indent = "  " * depth
+    match value:
+        case Mapping():
+            # Zeros say nothing and would hide what does.
+            wanted = {key: one for key, one in value.items() if one not in (0, {}, [], ())}
+            plain = {key: one for key, one in wanted.items() if not isinstance(one, Mapping | list | tuple)}
+            yield f"{indent}{name}: " + (
+                ", ".join(f"{key} {one}" for key, one in plain.items()) or ("" if wanted else "-")
+            )
+            for key, one in wanted.items():
+                if key not in plain:
+                    yield from _shown(str(key), one, depth + 1)
+        case list() | tuple():
+            yield f"{indent}{name}: {len(value) or '-'}"
+            yield from (f"{indent}  {one}" for one in value[:MAX_LISTED])
+            if len(value) > MAX_LISTED:
+                yield f"{indent}  and {len(value) - MAX_LISTED} more"
+        case _:
+            yield f"{indent}{name}: {value}"

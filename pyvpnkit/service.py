@@ -1,0 +1,319 @@
+"""One network at work: the stack in the loop, and everything around it, from settings.
+
+    Attachments --links--> Stack <--datagrams, streams-- DNS, NTP
+                             ^ \\
+      published ports --dial-+  +-- events --> log, lease file, default guest of published ports
+
+`Service` is an async context manager. Entering it binds the published ports first (what is in the way is heard before
+anything else happens), then opens the links. Leaving resets what is left and removes sockets. `drain` lets flows
+finish before that. `reload` takes over new settings as far as that goes without a restart. It knows nothing of
+signals, standard error or process ids: `pyvpnkit.daemon` does, `pyvpnkit.shell` and the demo use it as it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import netstack  # noqa: F401  # first: it makes our `dns` importable beside dnspython's
+from dns.server import Server as DnsServer
+from netstack.api import Clock, Endpoint, Link, Reply
+from netstack.dhcp.store import Store
+from netstack.errors import ConfigError
+from netstack.link.attach import Attachments
+from netstack.link.capture import CaptureLink
+from netstack.observe.events import (
+    CaptureStopped,
+    Event,
+    EventBus,
+    FlowClosed,
+    FlowOpened,
+    FlowRefused,
+    ForwardAdded,
+    ForwardRemoved,
+    LeaseGiven,
+    LeaseReleased,
+)
+from netstack.observe.pcap import PcapWriter
+from netstack.stack import Stack
+from ntp.server import Server as NtpServer
+from portfwd.registry import Registry
+from pyvpnkit import config
+from pyvpnkit.config import Option, Settings
+from pyvpnkit.driver import Driver
+
+log = logging.getLogger("pyvpnkit")
+
+DNS_PORT: Final = 53
+NTP_PORT: Final = 123
+SAVE_AFTER_S: Final = 0.5
+"""A lease is written this much later, so that guests that start together cost one write."""
+FLUSH_S: Final = 1.0
+"""How long a captured frame may wait to be seen in the file. The only periodic work, and only while capturing."""
+UNLIMITED: Final = 1 << 62
+
+_FOR_DEBUGGING: Final = (FlowOpened, FlowClosed, FlowRefused)
+_WORTH_KNOWING: Final = (LeaseGiven, LeaseReleased, ForwardAdded, ForwardRemoved)
+
+
+class Service:
+    """A running network. Raises `ConfigError` or `HostError` on entering when a link or a port cannot be had."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        lease_file: Path | None = None,
+        clock: Clock = time.monotonic,
+        events: EventBus | None = None,
+    ) -> None:
+        self.settings = settings
+        self.events = events if events is not None else EventBus()
+        self.stack = Stack(settings.network, clock=clock, events=self.events)
+        self.registry = Registry(self.default_guest, events=self.events, clock=clock)
+        self._clock = clock
+        self._store = Store(lease_file) if lease_file is not None else None
+        self._dns = self._new_dns(settings)
+        self._ntp = NtpServer()
+        self._capture: PcapWriter | None = None
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._unsubscribe = self.events.subscribe(self._event)
+        self._resources = contextlib.AsyncExitStack()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._driver: Driver | None = None
+        self._closed_a_flow = asyncio.Event()
+        self.attachments = Attachments(
+            settings.links,
+            mtu=settings.network.mtu,
+            attach=self.stack.attach,
+            detach=self.stack.detach,
+            reserve=self._reserve,
+            release=lambda identity: self.stack.leases.detach(str(identity)),
+            wrap=self._wrap,
+            counters=self.stack.counters,
+            events=self.events,
+            clock=clock,
+        )
+        self.stack.on_detached = self.attachments.detached
+
+    # -- life
+
+    async def __aenter__(self) -> Service:
+        self._loop = asyncio.get_running_loop()
+        settings = self.settings
+        async with contextlib.AsyncExitStack() as undo:
+            undo.callback(self._unsubscribe)
+            undo.callback(self.registry.close)
+            for spec in settings.publish:
+                self.registry.add(spec)
+            if settings.capture.file is not None:
+                self._capture = self._open_capture(settings)
+                undo.callback(self._capture.close)
+            if self._store is not None:
+                self._store.load(self.stack.leases, now=self._clock(), now_wall=time.time())
+                undo.callback(self._save)
+            undo.callback(self._cancel_timers)
+            self._driver = Driver(self.stack, self._loop, clock=self._clock)
+            self.stack.on_work = self._driver.wake
+            undo.callback(self._reset_all)
+            self._serve()
+            self._driver.start()
+            await undo.enter_async_context(self.attachments)
+            self.registry.start(self.stack, self._loop)
+            self._resources = undo.pop_all()
+        if self._capture is not None:
+            self._again("flush", FLUSH_S, self._flush)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        # Flows are reset while there are still links to say so on.
+        self.stop_accepting()
+        self._reset_all()
+        await self._resources.aclose()
+
+    def _reset_all(self) -> None:
+        self._dns.close()
+        if self._driver is not None:
+            self._driver.close()
+        self.stack.close()
+
+    def stop_accepting(self) -> None:
+        """No new links, clients or flows from now on; those there are go on."""
+        self.registry.close()
+        self.attachments.stop_accepting()
+        self.stack.drain()
+
+    async def drain(self, grace_s: float) -> bool:
+        """Stop accepting, and wait until the last TCP flow has ended, at most `grace_s`. Whether all ended by themselves."""
+        self.stop_accepting()
+        try:
+            async with asyncio.timeout(grace_s):
+                while self._tcp_flows():
+                    self._closed_a_flow.clear()
+                    await self._closed_a_flow.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _tcp_flows(self) -> int:
+        return sum(flow.protocol == "tcp" for flow in self.stack.flows())
+
+    # -- what joins the parts
+
+    def _serve(self) -> None:
+        gateway = self.settings.network.gateway_bytes
+
+        # Not the bound method: a reload puts another server there.
+        def ask(payload: bytes, source: Endpoint, reply: Reply) -> None:
+            self._dns.datagram(payload, source, reply)
+
+        async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, source: Endpoint) -> None:
+            await self._dns.stream(reader, writer, source)
+
+        self.stack.serve_datagrams(gateway, DNS_PORT, ask)
+        self.stack.serve_streams(gateway, DNS_PORT, converse)
+        if self.settings.ntp:
+            self.stack.serve_datagrams(gateway, NTP_PORT, self._ntp.datagram)
+
+    def _new_dns(self, settings: Settings) -> DnsServer:
+        network = settings.network
+        names: dict[str, list[bytes]] = {name: [network.gateway_bytes] for name in network.gateway_names}
+        if network.host_alias_bytes is not None:
+            names |= {name: [network.host_alias_bytes] for name in network.host_names}
+        leases = self.stack.leases
+
+        def address_of(name: str) -> bytes | None:
+            lease = leases.named(name, self._clock())
+            return None if lease is None else lease.address
+
+        def name_of(address: bytes) -> str | None:
+            lease = leases.at(address, self._clock())
+            return None if lease is None else lease.hostname or None
+
+        return DnsServer(
+            names=names,
+            domain=network.domain,
+            lease_address=address_of,
+            lease_name=name_of,
+            hosts_path=settings.dns.hosts_file,
+            resolv_conf=settings.dns.resolv_conf,
+            upstreams=settings.dns.servers,
+            clock=self._clock,
+        )
+
+    def default_guest(self) -> bytes:
+        """The guest of published ports that name none: the lowest leased address, before any lease the pool's first."""
+        leased = [lease.address for lease in self.stack.leases.active(self._clock())]
+        return min(leased) if leased else self.settings.network.pool[0].packed
+
+    def _reserve(self, identity: uuid.UUID, preferred: bytes | None) -> tuple[bytes, bytes]:
+        reservation = self.stack.leases.reserve(str(identity), preferred, None, self._clock())
+        self._again("save", SAVE_AFTER_S, self._save_soon)
+        return reservation.address, reservation.mac
+
+    def _open_capture(self, settings: Settings) -> PcapWriter:
+        capture = settings.capture
+        assert capture.file is not None
+        return PcapWriter(
+            capture.file,
+            limit=capture.size or UNLIMITED,
+            files=capture.files,
+            snaplen=capture.snaplen,
+            events=self.events,
+        )
+
+    def _wrap(self, link: Link) -> Link:
+        return link if self._capture is None else CaptureLink(link, self._capture)
+
+    # -- events and what they start
+
+    def _event(self, event: Event) -> None:
+        if isinstance(event, _FOR_DEBUGGING):
+            if isinstance(event, FlowClosed):
+                self._closed_a_flow.set()
+            if log.isEnabledFor(logging.DEBUG):
+                log.debug("%s", event)
+        elif isinstance(event, _WORTH_KNOWING):
+            log.info("%s", event)
+            if isinstance(event, LeaseGiven | LeaseReleased):
+                self._again("save", SAVE_AFTER_S, self._save_soon)
+                self.registry.retarget()
+        elif isinstance(event, CaptureStopped):
+            log.warning("capture %s stopped: %s; the network goes on", event.path, event.reason)
+
+    def _again(self, name: str, after_s: float, function: Any) -> None:
+        """One timer per name: a second wish before it fires is the same wish."""
+        if name not in self._timers and self._loop is not None:
+            self._timers[name] = self._loop.call_later(after_s, self._fire, name, function)
+
+    def _fire(self, name: str, function: Any) -> None:
+        self._timers.pop(name, None)
+        function()
+
+    def _cancel_timers(self) -> None:
+        for timer in self._timers.values():
+            timer.cancel()
+        self._timers.clear()
+        self._loop = None
+
+    def _save_soon(self) -> None:
+        leases = self.stack.leases
+        if self._store is None or not leases.dirty or self._loop is None:
+            return
+        document = leases.snapshot(now=self._clock(), now_wall=time.time())
+        leases.dirty = False
+        # Not in the loop: fsync may take a tenth of a second, and every guest would wait for it.
+        self._loop.run_in_executor(None, self._store.write, document)
+
+    def _save(self) -> None:
+        if self._store is not None and self.stack.leases.dirty:
+            self._store.save(self.stack.leases, now=self._clock(), now_wall=time.time())
+
+    def _flush(self) -> None:
+        if self._capture is not None and self._capture.stopped is None:
+            self._capture.flush()
+            self._again("flush", FLUSH_S, self._flush)
+
+    # -- while it runs
+
+    def reload(self, new: Settings) -> tuple[list[Option], list[Option]]:
+        """Take over what can be taken over; returns the options that changed now and those that need a restart."""
+        changed = config.differences(self.settings, new)
+        now = [option for option in changed if option.reload]
+        later = [option for option in changed if not option.reload]
+        if any(option.key == "publish" for option in now):
+            for failure in self.registry.sync(new.publish):
+                log.error("%s", failure)
+        if any(option.section == "dns" for option in now):
+            try:
+                dns = self._new_dns(new)
+            except ConfigError as error:
+                log.error("%s", error)
+            else:
+                self._dns.close()
+                self._dns = dns
+        self._dns.network_changed()
+        self.settings = new
+        return now, later
+
+    def status(self) -> Mapping[str, Any]:
+        """What a person wants to know at a glance; text, numbers, lists and mappings only."""
+        return {
+            **self.stack.status(),
+            "published": [str(forward) for forward in self.registry],
+            "flows": [str(flow) for flow in self.stack.flows()],
+            "capture": "off"
+            if self._capture is None
+            else f"{self._capture.path}: {self._capture.frames} frames, {self._capture.stopped or 'running'}",
+            "dns": self._dns.counters,
+            "ntp": self._ntp.counters,
+        }
