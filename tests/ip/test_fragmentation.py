@@ -22,8 +22,9 @@ GATEWAY = wire.ip("192.168.65.1")
 GUEST = wire.ip("192.168.65.3")
 
 
-@given(st.binary(max_size=3000), st.integers(68, 1500), st.booleans())
-def test_what_is_fragmented_fits_and_is_put_together_again(payload: bytes, mtu: int, reverse: bool) -> None:  # I08
+@given(st.integers(0, 3000), st.integers(68, 600), st.booleans())
+def test_what_is_fragmented_fits_and_is_put_together_again(octets: int, mtu: int, reverse: bool) -> None:  # I08
+    payload = random.Random(octets).randbytes(octets)
     packets = [header + part for header, part in fragment(GATEWAY, GUEST, 17, payload, mtu, identification=7, ttl=9)]
     assert all(len(packet) <= mtu for packet in packets)
     assert len(packets) == 1 or all(len(packet) > mtu - 8 for packet in packets[:-1])  # none smaller than needed

@@ -203,6 +203,15 @@ def test_a_quoted_udp_checksum_of_0_stays() -> None:
     assert message[8:] == wire.ipv4(GUEST, REMOTE, 17, wire.udp(GUEST, REMOTE, 4000, 2, b"data", check=0))
 
 
+def test_a_quoted_udp_checksum_that_becomes_0_is_written_as_ffff() -> None:
+    payload = wire.udp(GUEST, REMOTE, 4000, 2, bytes(2))[6:8]  # what the sum lacked to 0xFFFF
+    quoted = wire.ipv4(HOST, REMOTE, 17, wire.udp(HOST, REMOTE, 1, 2, payload))
+    message = rewrite_quoted(arrived(quoted), source=GUEST, port=4000, destination=REMOTE)
+    assert message is not None
+    assert message[8 + 26 : 8 + 28] == b"\xff\xff"
+    assert sound(message[8:])
+
+
 def test_quoted_options_stay_and_a_quoted_header_checksum_is_not_trusted() -> None:
     quoted = bytearray(bytes(IP(src="10.0.0.7", dst="1.1.1.1", options=[IPOption_RR()]) / UDP(sport=9, dport=53)))
     quoted[8] -= 3  # a router counted TTL down and left the checksum
