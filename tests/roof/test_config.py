@@ -89,7 +89,7 @@ def test_every_mistake_is_reported_at_once_with_its_place_and_what_would_be_acce
         "'max_flows' is given twice (first on line 9); keep one",
         "'inf' is unknown (did you mean 'info'?); write one of: error, warning, info, debug",
         "capture must be a mapping",
-        "'dns.example' is not a server; write IP or IP:PORT",
+        "DNS server 'dns.example': write an address",
         "timeouts.grace_s: 'soon' is not a time; write seconds",
     ):
         assert expected in text
