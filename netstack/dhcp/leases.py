@@ -290,9 +290,8 @@ class Leases(Table):
         for reserved in self._reservations.values():
             mac, address = reserved.reservation.mac, reserved.reservation.address
             lease = self._leases.get(address)
-            if reserved.attached or mac in self._static or (lease is not None and lease.active):
-                continue
-            if any(other.attached for other in self._reservations.values() if other.reservation.mac == mac):
+            attached = any(other.attached for other in self._reservations.values() if other.reservation.mac == mac)
+            if attached or mac in self._static or (lease is not None and lease.active):
                 continue
             self._reservations = {
                 identity: other for identity, other in self._reservations.items() if other.reservation.mac != mac

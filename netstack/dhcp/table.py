@@ -214,7 +214,7 @@ class Table:
             return address == lease.address
         offer = self._offers.get(mac)
         if offer is not None:
-            return address == offer.address
+            return address == offer.address and self._usable(address, mac)
         had = [lease.address] if lease is not None else self._address_of_client(client_id)
         return (address in had and self._usable(address, mac)) or (not had and self._unused(address))
 
