@@ -27,7 +27,6 @@ class CaptureLink:
         self.max_frame = inner.max_frame
         self.tso = inner.tso
         self.partial_checksums = inner.partial_checksums
-        self.retry_s: float = getattr(inner, "retry_s", 0.0)
         self._writer = writer
         self._wall_ns = wall_ns
         self._interface = writer.add_interface(inner.name)

@@ -24,7 +24,6 @@ import errno
 import logging
 import mmap
 import socket
-import sys
 from collections.abc import Callable, Sequence
 from typing import Final, TypeAlias
 
@@ -45,8 +44,6 @@ RECEIVE_BUFFER: Final = 4 << 20
 MAX_PEERS: Final = 16
 """Peers of one server socket; a datagram from one more is dropped and counted."""
 
-RETRY_S: Final = 0.002
-
 
 def _is_hello(datagram: memoryview) -> bool:
     return len(datagram) == len(HELLO) and datagram.tobytes() == HELLO
@@ -64,8 +61,6 @@ class DatagramLink:
     headroom = 0
     tso = 0
     partial_checksums = False
-    retry_s: float = 0.0 if sys.platform == "linux" else RETRY_S
-    """Seconds after which `flush` is worth a try; 0 where the descriptor becomes writable when the peer has read."""
 
     def __init__(
         self,
@@ -149,10 +144,11 @@ class DatagramLink:
 
 
 class PeerLink(DatagramLink):
-    """The link to one peer of a `UnixgramServer`; the server makes it."""
+    """The link to one peer of a `UnixgramServer`; the server makes it.
 
-    # An unconnected socket counts as writable even while the peer's queue (10 datagrams on Linux) is full.
-    retry_s = RETRY_S
+    Its socket counts as writable even while the peer's queue (10 datagrams on Linux) is full, unless the peer connected to
+    ours: who waits for room must not try again at once.
+    """
 
     def __init__(
         self, server: UnixgramServer, peer: Address, name: str, *, own: socket.socket | None, max_frame: int

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import select
 import socket
 
 import pytest
@@ -98,16 +97,6 @@ async def test_a_peer_that_stops_reading_loses_nothing(bench: Bench) -> None:
             position += bench.link.send(queue[position : position + 64])
     assert position == total
     assert drops(bench) == 0
-
-
-@sockets_only
-def test_writability_wakes_the_sender_or_the_link_asks_for_a_timer(bench: Bench) -> None:
-    """Without either, a sender would wait for ever, or poll without end while the peer sleeps."""
-    octets = bench.pieces(frame(1, 1000))
-    while bench.link.send([octets] * 8) == 8:
-        pass
-    writable = bool(select.select([], [bench.link.fileno()], [], 0)[1])
-    assert not writable or getattr(bench.link, "retry_s", 0.0) > 0
 
 
 @sockets_only

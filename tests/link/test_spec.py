@@ -1,0 +1,141 @@
+"""Link URLs: what is accepted, what is refused and how it is said."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from netstack.errors import ConfigError
+from netstack.link.spec import LinkSpec, detect
+
+GOOD = [
+    "qemu:/run/net.sock",
+    "qemu:./net.sock",
+    "qemu:tcp:127.0.0.1:1234",
+    "qemu:tcp:[::1]:1234",
+    "qemu:connect:/run/net.sock",
+    "qemu:connect:tcp:localhost:1234",
+    "qemu:fd:3",
+    "vmnet:/run/eth.sock,mtu=1400,name=docker",
+    "vmnet:fd:3",
+    "unixgram:/run/vfkit.sock",
+    "unixgram:fd:4",
+    "bess:/run/uml.sock",
+    "fd:3",
+    "fd:3,mtu=9000",
+    "fd:3,kind=tap,offload=off",
+    "tap:netns=guest",
+    "tap:netns=/run/netns/guest,ifname=ens3,mac=02:00:00:00:00:01,offload=off",
+    "tap:pid=1234,mtu=65520",
+    "tap:fd=5",
+    "tap:tap0",
+    "packet:netns=guest,ifname=eth1",
+    "packet:pid=77",
+    "packet:veth0",
+    "qemu:/odd,,path/a.sock,name=one,,two",
+]
+
+
+@pytest.mark.parametrize("text", GOOD)
+def test_a_link_is_written_as_it_is_read(text: str) -> None:
+    assert str(LinkSpec.parse(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ("unixgram:///run/vfkit.sock", "unixgram:/run/vfkit.sock"),
+        ("fd:3,kind=vmnet", "vmnet:fd:3"),
+        ("tap:netns=a,mac=02-AA-00-00-00-0F", "tap:netns=a,mac=02:aa:00:00:00:0f"),
+        ("tap:netns=a,offload=on", "tap:netns=a"),
+    ],
+)
+def test_other_spellings_mean_the_same(text: str, same: str) -> None:
+    assert LinkSpec.parse(text) == LinkSpec.parse(same)
+    assert str(LinkSpec.parse(text)) == same
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "one of the schemes qemu"),
+        ("qemu", "SCHEME:ADDRESS"),
+        ("/run/net.sock", "one of the schemes"),
+        ("ethernet:/x", "one of the schemes"),
+        ("vhost-user:/run/vhost.sock", "not built yet; there are qemu, vmnet"),
+        ("stdio:gvforwarder", "not built yet"),
+        ("qemu:", "write qemu:/PATH"),
+        ("qemu:net.sock", "write qemu:/PATH"),
+        ("qemu:tcp:127.0.0.1", "qemu:tcp:HOST:PORT"),
+        ("qemu:tcp:127.0.0.1:70000", "qemu:tcp:HOST:PORT"),
+        ("qemu:tcp:example.com:80", "qemu:tcp:HOST:PORT"),
+        ("qemu:tcp:::1:80", "qemu:tcp:HOST:PORT"),
+        ("unixgram:tcp:127.0.0.1:1", "write unixgram:/PATH"),
+        ("unixgram:connect:/run/x", "write unixgram:/PATH"),
+        ("bess:tcp:127.0.0.1:1", "write bess:/PATH"),
+        ("fd:three", "write fd:N"),
+        ("fd:3,kind=token-ring", "use one of qemu, vmnet"),
+        ("tap:pid=x", "tap:pid=PID"),
+        ("tap:", "tap:netns=NAME"),
+        ("tap:user=me", "tap:netns=NAME"),
+        ("tap:much-too-long-a-name", "tap:netns=NAME"),
+        ("qemu:/x,mtu=big", "mtu=1500"),
+        ("qemu:/x,mtu=100", "576..65520"),
+        ("qemu:/x,speed=1", "unknown option 'speed'; there are mtu"),
+        ("qemu:/x,mtu", "one option=value"),
+        ("qemu:/x,mtu=1500,mtu=1500", "one option=value"),
+        ("qemu:/x,mac=02:00:00:00:00:01", "tap and packet links only"),
+        ("tap:netns=a,mac=hello", "MAC"),
+        ("tap:netns=a,mac=01:00:00:00:00:01", "group address"),
+        ("tap:netns=a,offload=maybe", "use on or off"),
+        ("tap:netns=a,ifname=a/b", "no interface name"),
+        ("qemu:/a\0b", "SCHEME:ADDRESS"),
+    ],
+)
+def test_a_link_that_cannot_be_is_refused_with_what_can(text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said.replace("[", r"\[").replace(".", r"\.")):
+        LinkSpec.parse(text)
+
+
+@given(text=st.text(max_size=60))
+def test_any_text_is_a_link_or_a_complaint(text: str) -> None:  # Z12
+    for candidate in (text, "qemu:" + text, "tap:" + text, "fd:" + text):
+        try:
+            spec = LinkSpec.parse(candidate)
+        except ConfigError:
+            continue
+        assert LinkSpec.parse(str(spec)) == spec
+
+
+@given(path=st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])), name=st.text(min_size=1))
+def test_any_path_and_name_survive_the_text_form(path: str, name: str) -> None:
+    spec = LinkSpec(kind="vmnet", how="unix", where="/" + path.lstrip("/"), name=name.replace("\0", "_"))
+    assert LinkSpec.parse(str(spec)) == spec
+
+
+def test_inherited_descriptors_tell_what_they_are() -> None:
+    with (
+        socket.socket(socket.AF_UNIX) as door,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as datagrams,
+        open(os.devnull) as device,
+        open(__file__) as file,
+    ):
+        stream, other = socket.socketpair()
+        seqpacket, another = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with stream, other, seqpacket, another:
+            assert detect(stream.fileno()) == ("qemu", False)
+            assert detect(datagrams.fileno()) == ("unixgram", False)
+            assert detect(seqpacket.fileno()) == ("bess", False)
+        door.bind("")  # an abstract name of the kernel's choice
+        door.listen()
+        assert detect(door.fileno()) == ("vmnet", True)
+        assert detect(device.fileno()) == ("tap", False)
+        with pytest.raises(ConfigError, match="neither a socket nor a TAP"):
+            detect(file.fileno())
+        number = door.fileno()
+    with pytest.raises(ConfigError, match="leave the descriptor open"):
+        detect(number + 1000)
