@@ -50,7 +50,7 @@ class Limits:
     max_udp_flows: int = 1024
     """UDP mappings (one host socket each) of one guest; beyond it the one idle longest goes (VPNKit: 1024)."""
     max_pings: int = 256
-    """Ping sockets (one per guest address, identifier and destination)."""
+    """Ping sockets (one per guest address and identifier)."""
     max_neighbours: int = 256
     """Guest addresses and MAC addresses learnt, per network."""
     max_fragments: int = 64

@@ -59,11 +59,13 @@ class QueuedError:
     kind: int
     code: int
     mtu: int
-    """Next-hop MTU of a "fragmentation needed", never 0 there."""
+    """Next-hop MTU of a "fragmentation needed"."""
     offender: bytes | None
-    """Address of the router or host that sent the ICMP error; None when the host itself noticed."""
+    """Address of the router or host that sent the ICMP error; None when not known."""
+    local: bool
+    """The host itself refused: a `sendto` failed with EMSGSIZE, and this says what would have fit."""
     destination: Any
-    """Address the datagram was sent to, as `sendto` took it; None when not known."""
+    """Address the datagram was sent to, as `sendto` took it; where `local`, the port is 0."""
     quoted: bytes
     """What the error quoted behind the UDP header, or from the ICMP header on."""
 
@@ -98,15 +100,18 @@ def drain(sock: Any) -> list[QueuedError]:
     return found
 
 
+def fitting_mtu(errors: list[QueuedError], host: str) -> int:
+    """What the host said would have fit towards `host`, octets with IP header; 0: it did not say."""
+    return next((error.mtu for error in reversed(errors) if error.local and error.destination[0] == host), 0)
+
+
 def _parse(data: bytes, ancillary: list[tuple[int, int, bytes]], destination: Any) -> QueuedError | None:
     for level, kind, value in ancillary:
         if level != socket.IPPROTO_IP or kind != IP_RECVERR or len(value) < _EXTENDED.size:
             continue
         number, origin, icmp_type, icmp_code, value_info, _data = _EXTENDED.unpack_from(value)
         if origin == _ORIGIN_LOCAL and number == errno.EMSGSIZE:
-            return QueuedError(
-                icmp.UNREACHABLE, icmp.FRAGMENTATION_NEEDED, value_info or _DEFAULT_MTU, None, destination, data
-            )
+            return QueuedError(icmp.UNREACHABLE, icmp.FRAGMENTATION_NEEDED, value_info, None, True, destination, data)
         if origin != _ORIGIN_ICMP or icmp_type not in (icmp.UNREACHABLE, icmp.TIME_EXCEEDED):
             return None
         offender = None
@@ -117,5 +122,5 @@ def _parse(data: bytes, ancillary: list[tuple[int, int, bytes]], destination: An
         mtu = 0
         if (icmp_type, icmp_code) == (icmp.UNREACHABLE, icmp.FRAGMENTATION_NEEDED):
             mtu = value_info or _DEFAULT_MTU
-        return QueuedError(icmp_type, icmp_code, mtu, offender, destination, data)
+        return QueuedError(icmp_type, icmp_code, mtu, offender, False, destination, data)
     return None

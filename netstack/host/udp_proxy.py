@@ -222,7 +222,13 @@ class UdpProxy:
             counters.drops[Drop.DESCRIPTORS] += 1
             self.wiring.output.icmp_error(icmp.UNREACHABLE, icmp.HOST_UNREACHABLE, packet, now=now)
             return None
-        mapping = Mapping(self, sock, guest)
+        try:
+            mapping = Mapping(self, sock, guest)
+        except OSError:  # no room to watch one more descriptor
+            sock.close()
+            counters.drops[Drop.DESCRIPTORS] += 1
+            self.wiring.output.icmp_error(icmp.UNREACHABLE, icmp.HOST_UNREACHABLE, packet, now=now)
+            return None
         mapping.entry = self._mappings.open(key, guest.address, mapping, now)
         counters.udp_mappings += 1
         return mapping
@@ -275,14 +281,16 @@ class UdpProxy:
             return None
         return Endpoint(address, remote[1])
 
-    def unreachable(self, packet: Packet, quoted: memoryview, now: float) -> None:
-        """The guest says (ICMP 3/3) that nobody listens where `quoted`, a packet to it, was going: end that mapping.
+    def guest_error(self, packet: Packet, kind: int, code: int, mtu: int, quoted: memoryview, now: float) -> None:
+        """An ICMP error of the guest about `quoted`, a UDP packet to it (`netstack.host.icmp_proxy.GuestErrorHandler`).
 
-        Only the guest that had the mapping is believed (RFC 5927 4.1); the most it can break is its own.
+        Port unreachable: nobody listens there, so that mapping ends. Only the guest that had the mapping is believed (RFC
+        5927 4.1), and the most it can break is its own. Other errors say nothing about the other end.
         """
-        if len(quoted) < 28 or quoted[0] != 0x45 or quoted[9] != _PROTOCOL or quoted[16:20] != packet.source:
+        if (kind, code) != (icmp.UNREACHABLE, icmp.PORT_UNREACHABLE) or quoted[16:20] != packet.source:
             return
-        entry = self._mappings.get(packet.source + bytes(quoted[22:24]))
+        at = (quoted[0] & 15) << 2
+        entry = self._mappings.get(packet.source + bytes(quoted[at + 2 : at + 4]))
         if entry is not None:
             self._mappings.close(entry)
             self._end(entry, "port unreachable", now)
@@ -290,8 +298,15 @@ class UdpProxy:
     # Published ports.
 
     def publish(self, guest: Endpoint, sock: Any) -> Publication:
-        """Carry the datagrams that arrive at the bound host socket `sock`, which is ours from here on, to `guest`."""
-        publication = Publication(self, sock, guest)
+        """Carry the datagrams that arrive at the bound host socket `sock`, which is ours from here on, to `guest`.
+
+        Raises `OSError` when the socket cannot be watched; it is closed then.
+        """
+        try:
+            publication = Publication(self, sock, guest)
+        except OSError:
+            sock.close()
+            raise
         self.publications.append(publication)
         return publication
 

@@ -320,8 +320,8 @@ class GuestSocket:
         reported = self.relay_errors(now)
         if number == errno.EMSGSIZE:
             drops[Drop.UDP_SEND] += 1
-            if not any(item.mtu and item.destination == association.address for item in reported):
-                self._tell(association, icmp.UNREACHABLE, icmp.FRAGMENTATION_NEEDED, None, 0, payload, now)
+            mtu = error_queue.fitting_mtu(reported, association.address[0])
+            self._tell(association, icmp.UNREACHABLE, icmp.FRAGMENTATION_NEEDED, None, mtu, payload, now)
             return
         try:
             # The call before this one took the pending error of an earlier datagram with it; this one was not sent.
@@ -339,7 +339,7 @@ class GuestSocket:
         reported = error_queue.drain(self.sock)
         for error in reported:
             association = self.associations.get(error.destination)
-            if association is not None:
+            if association is not None and not error.local:
                 self._tell(association, error.kind, error.code, error.offender, error.mtu, error.quoted, now)
         return reported
 

@@ -33,6 +33,8 @@ class Drop(StrEnum):
     ICMP_CHECKSUM = "icmp_checksum"
     ICMP_UNHANDLED = "icmp_unhandled"
     ICMP_RATE = "icmp_rate"
+    PING_FORBIDDEN = "ping_forbidden"
+    PING_SEND = "ping_send"
     UDP_MALFORMED = "udp_malformed"
     UDP_CHECKSUM = "udp_checksum"
     UDP_SEND = "udp_send"

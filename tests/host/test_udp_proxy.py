@@ -498,7 +498,8 @@ def test_the_guests_port_unreachable_closes_the_port_towards_the_world(world: Wo
     def refuse(claimant: bytes, guest: bytes) -> None:
         quoted = udp_packet(world.port, ALIAS, server.getsockname()[1], guest, 4000, b"answer").data
         packet: Any = raw_packet(world.port, claimant, ALIAS, 1, b"\3\3")
-        world.proxy.unreachable(packet, quoted, world.now)
+        world.proxy.guest_error(packet, 3, 4, 1400, quoted, world.now)  # says nothing about who listens
+        world.proxy.guest_error(packet, 3, 3, 0, quoted, world.now)
 
     refuse(OTHER, GUEST)  # somebody else's word about it (G29)
     refuse(OTHER, OTHER)

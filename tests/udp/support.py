@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from netstack.host.icmp_proxy import IcmpProxy
 from netstack.host.io import EpollIO
 from netstack.host.udp_proxy import UdpProxy
 from netstack.observe.events import Event, EventBus
@@ -46,6 +47,15 @@ class Datagram:
     destination_port: int
     payload: bytes
     identification: int = 0
+
+
+@dataclass
+class Echo:
+    source: bytes
+    destination: bytes
+    identifier: int
+    sequence: int
+    data: bytes
 
 
 @dataclass
@@ -150,6 +160,12 @@ def udp_packet(
     return raw_packet(port, source, destination, 17, header[:6] + struct.pack("!H", stored) + payload, **fields)
 
 
+def echo(kind: int, identifier: int, sequence: int, data: bytes) -> bytes:
+    """An ICMP echo message, checksum right."""
+    message = struct.pack("!BBHHH", kind, 0, 0, identifier, sequence) + data
+    return message[:2] + struct.pack("!H", 0xFFFF ^ ones_sum(message)) + message[4:]
+
+
 def raw_packet(
     port: Any, source: bytes, destination: bytes, protocol: int, payload: bytes, **fields: Any
 ) -> FakePacket:
@@ -227,10 +243,10 @@ class World:
     network: Network = field(default_factory=Network)
     headroom: int = 0
     mtu: int = 1500
+    io: FailingIO = field(default_factory=FailingIO)
 
     def __post_init__(self) -> None:
         self.now = 1000.0
-        self.io = FailingIO()
         self.counters = Counters()
         self.events: list[Event] = []
         bus = EventBus()
@@ -243,6 +259,7 @@ class World:
         output: Any = self.output
         self.egress = Egress(self.network)
         self.proxy = UdpProxy(self.network, self.io, output, self.egress, self.counters, bus, self.clock)
+        self.icmp = IcmpProxy(self.network, self.io, output, self.egress, self.counters, bus, self.clock)
         self.sockets: list[socket.socket] = []
 
     def clock(self) -> float:
@@ -287,8 +304,24 @@ class World:
         general, self.output.sent = self.output.sent, []
         return [parse_frame(frame, self.link) for frame in frames] + [parse_datagram(sent) for sent in general]
 
+    def ping(self, destination: bytes, identifier: int, sequence: int, data: bytes = b"", **fields: Any) -> None:
+        """The guest sends an echo request."""
+        source = fields.pop("source", GUEST)
+        packet: Any = raw_packet(self.port, source, destination, 1, echo(8, identifier, sequence, data), **fields)
+        self.icmp.input(packet, self.now)
+
+    def echoes(self) -> list[Echo]:
+        """Echo replies that reached the guest since the last call, checked."""
+        general, self.output.sent = self.output.sent, []
+        replies = []
+        for source, destination, protocol, message in general:
+            assert protocol == 1 and ones_sum(message) == 0xFFFF and message[:2] == b"\0\0"
+            replies.append(Echo(source, destination, *struct.unpack("!HH", message[4:8]), message[8:]))
+        return replies
+
     def close(self) -> None:
         self.proxy.close()
+        self.icmp.close()
         for sock in self.sockets:
             sock.close()
         assert not self.io.open, "descriptors left behind"
