@@ -316,7 +316,7 @@ class TcpProxy:
 
     def _connected(self, flow: TcpFlow) -> None:
         seq, window, options = flow.syn
-        conn = Connection.passive(self.isn(flow.key), seq, window, options, self.limits.flow_buffer, self.mss)
+        conn = Connection.passive(self.isn(flow.key), seq, window, options, self._capacity(flow), self.mss)
         flow.begin(conn)
         if not flow.watched:
             flow.watched = True
@@ -326,6 +326,11 @@ class TcpProxy:
                 self.connect_failed(flow, error.errno or errno.EIO)
                 return
         self.opened(flow)
+
+    def _capacity(self, flow: TcpFlow) -> int:
+        """Receive window in octets, a multiple of the window scale's unit."""
+        port = flow.neighbour.port
+        return min(self.limits.flow_buffer, port.window if port is not None else 1 << 30) & ~127
 
     def opened(self, flow: TcpFlow) -> None:
         """Count and tell of a new flow."""
@@ -444,7 +449,7 @@ class TcpProxy:
         return None
 
     def _dialled(self, flow: TcpFlow) -> None:
-        conn = Connection.active(self.isn(flow.key), self.limits.flow_buffer, self.mss)
+        conn = Connection.active(self.isn(flow.key), self._capacity(flow), self.mss)
         flow.begin(conn)
 
     def learnt(self, neighbour: Neighbour) -> None:

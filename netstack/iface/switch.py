@@ -47,6 +47,7 @@ class Port:
         "partial",
         "tso",
         "waiting",
+        "window",
     )
 
     def __init__(self, link: Link, number: int, counters: Counters, identity: str | None = None) -> None:
@@ -59,6 +60,8 @@ class Port:
         self.mtu = link.mtu
         self.tso = link.tso
         self.partial = link.partial_checksums
+        self.window = getattr(link, "window", 1 << 30)
+        """Octets a guest's connection may send ahead, where the link's own queue is the bound."""
         self.alive = True
         self.congested = False
         self.frames_in = 0
