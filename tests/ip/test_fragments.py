@@ -261,12 +261,12 @@ def test_a_datagram_larger_than_the_limit_gives_way_to_none_but_itself() -> None
     assert receiver.engine.octets == 0
 
 
-def test_a_hundred_thousand_incomplete_datagrams_stay_within_the_memory_allowed() -> None:  # G14, R3
+def test_thirty_thousand_incomplete_datagrams_stay_within_the_memory_allowed() -> None:  # G14, R3
     receiver = Receiver(max_datagrams=64, max_octets=1 << 20)
     tiny = [(ipv4.parse(memoryview(part)), memoryview(part)) for part in wire.fragments(bytes(20) + bytes(65000), 8)]
     tracemalloc.start()
     try:
-        for number in range(100_000):
+        for number in range(30_000):
             header, view = tiny[1 + number % 8000]
             header.identification = number % 7
             receiver.engine.add(header, view, 0.0)
@@ -275,7 +275,7 @@ def test_a_hundred_thousand_incomplete_datagrams_stay_within_the_memory_allowed(
         tracemalloc.stop()
     assert 900_000 < receiver.engine.octets <= 1 << 20
     assert held < 1.1 * (1 << 20)
-    for number in range(100_000):
+    for number in range(30_000):
         header, view = tiny[1 + number % 8000]
         header.identification = number & 0xFFFF
         receiver.engine.add(header, view, 0.0)

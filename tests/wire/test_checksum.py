@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import struct
+from collections.abc import Iterator
 
 import dpkt
 import pytest
@@ -104,3 +106,64 @@ def test_an_adjusted_checksum_is_right_for_the_new_octets(data: bytes, at: int, 
     adjusted = checksum.adjust(stored, data[at : at + 2], new)
     if any(changed):
         assert checksum.verify(adjusted.to_bytes(2, "big") + changed[2:])
+
+
+@pytest.fixture
+def with_numpy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(checksum, "_words", None)
+    monkeypatch.setattr(checksum, "_rows", None)
+    assert checksum.use_numpy()
+    assert checksum.use_numpy()  # again does no harm
+    assert checksum._words is not None
+    yield
+
+
+def long_buffers() -> Iterator[bytes]:
+    for size in (0, 1, 765, 766, 767, 768, 769, 770, 771, 1448, 1460, 1480, 1500, 8191, 65507, 65535):
+        yield random.Random(size).randbytes(size)
+        yield bytes(size)
+        yield b"\xff" * size
+        yield bytes(max(size - 1, 0)) + b"\x01" * min(size, 1)
+    yield b"\x80\x00\x00\x00" * 400 + b"\x7f\xff" + bytes(3)  # folds to 0xFFFF
+    yield b"\xff\xff" + bytes(1500)
+
+
+@pytest.mark.usefixtures("with_numpy")
+def test_numpy_sums_as_the_loop_over_words() -> None:
+    for data in long_buffers():
+        assert checksum.partial(data) == word_loop(data)
+        for start in (1, 2, 3):  # as a payload lies in a frame, at any address
+            view = memoryview(bytearray(bytes(start) + data))[start:]
+            assert checksum.partial(view) == word_loop(data)
+        if any(data):
+            assert checksum.internet(data) == scapy_checksum(data)
+
+
+def parts(data: bytes, size: int) -> list[int]:
+    return [word_loop(data[at : at + size]) for at in range(0, len(data), size)]
+
+
+SEGMENTS = [
+    (0, 1448),
+    (100, 1448),
+    (1448, 1448),
+    (1449, 1448),
+    (65160, 1448),
+    (65159, 1448),
+    (4000, 1461),
+    (5000, 4),
+    (5, 1),
+]
+
+
+@pytest.mark.parametrize(("octets", "size"), SEGMENTS)
+def test_each_segment_of_a_read_is_summed(octets: int, size: int) -> None:
+    data = random.Random(octets).randbytes(octets)
+    assert checksum.each(memoryview(data), size) == parts(data, size)
+
+
+@pytest.mark.usefixtures("with_numpy")
+@pytest.mark.parametrize(("octets", "size"), SEGMENTS)
+def test_each_segment_of_a_read_is_summed_by_numpy(octets: int, size: int) -> None:
+    for data in (random.Random(octets).randbytes(octets), bytes(octets), b"\xff" * octets):
+        assert checksum.each(memoryview(bytearray(data)), size) == parts(data, size)
