@@ -96,8 +96,9 @@ class Server:
 
     @property
     def counters(self) -> dict[str, int]:
-        """What was asked and what became of it, by name; `in_flight` is the number of relayed queries on their way."""
-        return {name: self._counters[name] for name in _COUNTERS} | {"in_flight": self._forwarder.in_flight}
+        """What was asked and what became of it, by name; `in_flight` relayed queries and `open_streams` are of this moment."""
+        now = {"in_flight": self._forwarder.in_flight, "open_streams": len(self._streams)}
+        return {name: self._counters[name] for name in _COUNTERS} | now
 
     def network_changed(self) -> None:
         """Look at the host's files again with the next query, and trust each resolver anew."""
@@ -175,6 +176,8 @@ class Server:
             async with asyncio.TaskGroup() as answers:
                 while True:
                     await room.acquire()
+                    if writer.is_closing():
+                        break
                     try:
                         async with asyncio.timeout(self._idle_s):
                             (octets,) = _length.unpack(await reader.readexactly(2))
