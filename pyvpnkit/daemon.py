@@ -187,6 +187,7 @@ def reload_settings(service: Service, reload: Reload | None) -> None:
     else:
         now, later = service.reload(new)
         set_log_level(new.log_level)
+        service.listen()
         log.info("reloaded: %s", ", ".join(option.key for option in now) or "nothing that can change now has changed")
         if later:
             log.warning("these need a restart: %s", ", ".join(option.key for option in later))

@@ -30,12 +30,11 @@ from netstack.errors import ConfigError
 from netstack.link.attach import Attachments
 from netstack.link.capture import CaptureLink
 from netstack.observe.events import (
+    FLOW_EVENTS,
     CaptureStopped,
     Event,
     EventBus,
     FlowClosed,
-    FlowOpened,
-    FlowRefused,
     ForwardAdded,
     ForwardRemoved,
     LeaseGiven,
@@ -59,7 +58,6 @@ FLUSH_S: Final = 1.0
 """How long a captured frame may wait to be seen in the file. The only periodic work, and only while capturing."""
 UNLIMITED: Final = 1 << 62
 
-_FOR_DEBUGGING: Final = (FlowOpened, FlowClosed, FlowRefused)
 _WORTH_KNOWING: Final = (LeaseGiven, LeaseReleased, ForwardAdded, ForwardRemoved)
 
 
@@ -84,7 +82,7 @@ class Service:
         self._ntp = NtpServer()
         self._capture: PcapWriter | None = None
         self._timers: dict[str, asyncio.TimerHandle] = {}
-        self._unsubscribe = self.events.subscribe(self._event)
+        self._draining = False
         self._resources = contextlib.AsyncExitStack()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._driver: Driver | None = None
@@ -109,7 +107,8 @@ class Service:
         self._loop = asyncio.get_running_loop()
         settings = self.settings
         async with contextlib.AsyncExitStack() as undo:
-            undo.callback(self._unsubscribe)
+            undo.callback(self.events.subscribe(self._event, flows=False))
+            self.listen()
             undo.callback(self.registry.close)
             for spec in settings.publish:
                 self.registry.add(spec)
@@ -155,6 +154,8 @@ class Service:
     async def drain(self, grace_s: float) -> bool:
         """Stop accepting, and wait until the last TCP flow has ended, at most `grace_s`. Whether all ended by themselves."""
         self.stop_accepting()
+        self._draining = True
+        self.listen()
         try:
             async with asyncio.timeout(grace_s):
                 while self._tcp_flows():
@@ -236,8 +237,12 @@ class Service:
 
     # -- events and what they start
 
+    def listen(self) -> None:
+        """Hear of single flows only while somebody reads of them, or waits for their end: each costs microseconds."""
+        self.events.subscribe(self._event, flows=self._draining or log.isEnabledFor(logging.DEBUG))
+
     def _event(self, event: Event) -> None:
-        if isinstance(event, _FOR_DEBUGGING):
+        if isinstance(event, FLOW_EVENTS):
             if isinstance(event, FlowClosed):
                 self._closed_a_flow.set()
             if log.isEnabledFor(logging.DEBUG):

@@ -106,34 +106,47 @@ class Contained(Event):
     error: str
 
 
+FLOW_EVENTS = (FlowOpened, FlowClosed, FlowRefused)
+"""Those of single flows, made only when somebody listens: there may be thousands in a second."""
+
+
 class EventBus:
     """Passes each event to every subscriber; one that raises is dropped, so that no observer can harm the network."""
 
     def __init__(self) -> None:
-        self._subscribers: list[Callable[[Event], None]] = []
+        self._subscribers: dict[Callable[[Event], None], bool] = {}
+        """Whether it wants the events of flows too."""
+        self.wanted = False
+        """Whether anyone listens to the events of flows; who would make one may skip it otherwise."""
 
-    def subscribe(self, subscriber: Callable[[Event], None]) -> Callable[[], None]:
-        """Add a subscriber; returns the function that removes it."""
-        self._subscribers.append(subscriber)
+    def subscribe(self, subscriber: Callable[[Event], None], *, flows: bool = True) -> Callable[[], None]:
+        """Add a subscriber, for all events or for all but those of `FLOW_EVENTS`; returns the function that removes it.
+
+        A second call for the same subscriber changes its mind about flows.
+        """
+        self._subscribers[subscriber] = flows
+        self._count()
 
         def unsubscribe() -> None:
-            if subscriber in self._subscribers:
-                self._subscribers.remove(subscriber)
+            self._subscribers.pop(subscriber, None)
+            self._count()
 
         return unsubscribe
 
-    @property
-    def wanted(self) -> bool:
-        """Whether anyone listens; callers may skip making an event."""
-        return bool(self._subscribers)
+    def _count(self) -> None:
+        self.wanted = any(self._subscribers.values())
 
     def emit(self, event: Event) -> None:
-        for subscriber in tuple(self._subscribers):
+        of_a_flow = isinstance(event, FLOW_EVENTS)
+        for subscriber, flows in tuple(self._subscribers.items()):
+            if of_a_flow and not flows:
+                continue
             try:
                 subscriber(event)
             except Exception:  # an observer's fault must not reach the network
                 log.exception("event subscriber %r failed and is removed", subscriber)
-                self._subscribers.remove(subscriber)
+                self._subscribers.pop(subscriber, None)
+                self._count()
 
 
 def as_dict(event: Event) -> dict[str, Any]:
