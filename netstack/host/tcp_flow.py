@@ -445,8 +445,8 @@ class TcpFlow:
                 return
         if mask & (READ | READ_CLOSED | HANGUP | ERROR):
             self.readable = True
-            if mask & ERROR and self._shut_sent and self.conn.snd.fin_at is not None:
-                # Nothing more will be read or written, so nobody else will meet the error.
+            if mask & ERROR and self.conn.snd.fin_at is not None:
+                # Nothing more will be read, so nobody else will meet the error soon.
                 number = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 if number:
                     self._host_failed(OSError(number, "host socket"))
@@ -518,7 +518,7 @@ class TcpFlow:
                 # A burst of ordinary frames, headers and checksums computed together.
                 try:
                     got = proxy.burst(frames.headroom, mss).send(
-                        frames, source, offset, limit, snd.nxt, conn.rcv.nxt, self._window(conn)
+                        frames, source, offset, limit, snd.nxt, conn.rcv.nxt, self.window(conn)
                     )
                 except OSError as error:
                     self._host_failed(error)
@@ -571,7 +571,7 @@ class TcpFlow:
                         return
                 else:
                     self.readable = False
-            window = self._window(conn)
+            window = self.window(conn)
             frames.finish(scratch, count, snd.nxt, conn.rcv.nxt, flags, window)
             if resending:
                 proxy.counters.tcp_retransmitted += 1
@@ -609,7 +609,7 @@ class TcpFlow:
             return
         port = self.port
         if port is not None:
-            port.put((frames.bare(snd.nxt, conn.rcv.nxt, FIN | ACK, self._window(conn)),))
+            port.put((frames.bare(snd.nxt, conn.rcv.nxt, FIN | ACK, self.window(conn)),))
         snd.sent(1, self._proxy.now)
         self._acknowledged(conn)
         conn.fin_sent()
@@ -658,18 +658,19 @@ class TcpFlow:
             return self._new_frames()
         return frames
 
-    def _window(self, conn: Connection) -> int:
+    def window(self, conn: Connection) -> int:
+        """The window field to send now."""
         rcv = conn.rcv
         if rcv.held:
             return rcv.window()
         rcv.right = (rcv.nxt + rcv.capacity) & MASK
-        return self._full_window
+        return self._full_window or rcv.capacity >> rcv.shift
 
     def _send_ack(self, conn: Connection) -> None:
         frames = self.maker()
         if frames is None:
             return
-        window = self._window(conn)
+        window = self.window(conn)
         rcv = conn.rcv
         seq = conn.snd.max
         if rcv.pieces and conn.sack:
@@ -719,13 +720,13 @@ class TcpFlow:
         snd = conn.snd
         for seq, length in ranges:
             if not length:
-                frames.port.put((frames.bare(seq, conn.rcv.nxt, ACK, self._window(conn)),))
+                frames.port.put((frames.bare(seq, conn.rcv.nxt, ACK, self.window(conn)),))
                 continue
             if snd.fin_at is not None:
                 length = min(length, distance(seq, snd.fin_at))
                 if length <= 0:
                     if seq == snd.fin_at:
-                        frames.port.put((frames.bare(seq, conn.rcv.nxt, FIN | ACK, self._window(conn)),))
+                        frames.port.put((frames.bare(seq, conn.rcv.nxt, FIN | ACK, self.window(conn)),))
                     continue
             try:
                 count = self._source.read((seq - self._base) & MASK, payload[:length])
@@ -734,7 +735,7 @@ class TcpFlow:
                 return
             if count:
                 self._proxy.counters.tcp_retransmitted += 1
-                frames.finish(scratch, count, seq, conn.rcv.nxt, ACK, self._window(conn))
+                frames.finish(scratch, count, seq, conn.rcv.nxt, ACK, self.window(conn))
                 frames.port.send(((memoryview(scratch)[: frames.headroom + HEADERS + count],),))
 
     # Time.

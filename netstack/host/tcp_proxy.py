@@ -51,7 +51,6 @@ _UNREACHABLE: Final = {
     errno.ENETUNREACH: 0,
     errno.ETIMEDOUT: 1,
     errno.EHOSTDOWN: 1,
-    errno.EADDRNOTAVAIL: 1,
 }
 """ICMP destination-unreachable codes for what a host connect says (RFC 792); EACCES and EPERM are 13 (RFC 1812)."""
 _IN_PROGRESS: Final = frozenset((errno.EINPROGRESS, errno.EALREADY, errno.EINTR))
@@ -205,13 +204,15 @@ class TcpProxy:
             offset_flags = header.payload_at << 10 | flags
             flow.segment(segment, header.payload_at, len(segment), header.seq, header.ack, offset_flags, header.window)
             return
-        if flags & RST or not flags & 0x3F or flags & (SYN | FIN) == SYN | FIN:
+        if flags & RST or not flags & (SYN | ACK) or flags & (SYN | FIN) == SYN | FIN:
             self.counters.drops[Drop.TCP_NO_FLOW] += 1
             return
         waiting = self._time_wait.get(key)
         if waiting is not None and now < waiting.until:
             if not (flags & SYN and not flags & ACK):
-                self._answer_time_wait(neighbour, key, waiting)
+                # An acceptable ACK without text is what ends the wait's purpose; all else is told where we are.
+                if flags & FIN or header.payload_at < len(segment) or header.seq != waiting.ack:
+                    self._answer_time_wait(neighbour, key, waiting)
                 return
             del self._time_wait[key]
         if flags & SYN and not flags & ACK:
@@ -473,7 +474,7 @@ class TcpProxy:
         if conn.state is not State.TIME_WAIT:
             flow.finish("closed", reset_host=False)
             return
-        note = _TimeWait(conn.snd.max, conn.rcv.nxt, 1024, self.now + self.timeouts.tcp_time_wait_s)
+        note = _TimeWait(conn.snd.max, conn.rcv.nxt, flow.window(conn), self.now + self.timeouts.tcp_time_wait_s)
         time_wait = self._time_wait
         time_wait.pop(flow.key, None)
         if len(time_wait) >= TIME_WAIT_LIMIT:

@@ -166,6 +166,14 @@ class Connection:
         if self.state is State.CLOSED:
             return None
         rcv, snd = self.rcv, self.snd
+        if (
+            self.state is State.SYN_RECEIVED
+            and flags & (SYN | ACK | RST) == SYN | ACK
+            and (seg_seq + 1) & MASK == rcv.nxt
+        ):
+            # The SYN-ACK of a simultaneous open (figure 8): its SYN is known, the rest counts.
+            seg_seq = rcv.nxt
+            flags &= ~SYN
         fin = flags & FIN
         # First, the sequence number (3.10.7.4).
         if not rcv.acceptable(seg_seq, seg_len + (1 if fin else 0) + (1 if flags & SYN else 0)):
@@ -196,11 +204,8 @@ class Connection:
             return None
         # Fourth, SYN (RFC 5961 4.2).
         if flags & SYN:
-            if self.state is State.SYN_RECEIVED and seg_seq == rcv.nxt - 1 & MASK and flags & ACK:
-                pass  # the SYN-ACK of a simultaneous open
-            else:
-                self.challenge(now)
-                return None
+            self.challenge(now)
+            return None
         # Fifth, ACK.
         if not flags & ACK:
             return None

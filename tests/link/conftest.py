@@ -239,6 +239,8 @@ KINDS = [
     Kind("unixgram-second", make_second_unixgram, notices_close=False),
     Kind("tap", _device("tap", offload=True), device=True),
     Kind("tap-plain", _device("tap", offload=False), device=True),
+    Kind("packet", _device("packet", offload=True), device=True),
+    Kind("packet-plain", _device("packet", offload=False), device=True),
 ]
 
 
