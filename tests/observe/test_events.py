@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import pytest
+
 from netstack.observe.events import Event, EventBus, FlowRefused, LinkUp, as_dict
 
 UP = LinkUp(time=1.0, link="qemu:/net.sock")
