@@ -1,0 +1,260 @@
+"""The cases: what is run in a guest, and the numbers that come of it.
+
+A case is a function of a guest and the conditions; it returns metrics by name. Units are in the names. CPU is the
+back-end's alone: on a TAP it holds the guest kernel's receive path and the delivery on loopback, which run inside its
+write and send calls; behind the bridge the former is the bridge's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.build import SetupError, build
+from benchmarks.guests import Guest
+from benchmarks.namespaces import HostNamespace
+from benchmarks.processes import end
+
+Metrics = dict[str, float]
+
+IDLE_FLOWS = 10_000
+PACED_RATE = 20_000
+DNS_WINDOW = 32
+GIB = float(1 << 30)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conditions:
+    """What the cases of a run share."""
+
+    host: HostNamespace
+    directory: Path
+    seconds: float
+    port: int
+    """Of the load generator's server, TCP and UDP."""
+    iperf_port: int
+    idle_s: float = 5.0
+    flows: int = IDLE_FLOWS
+
+
+class CaseFailed(Exception):
+    """This case gave no figure with this guest; the text is the client's complaint."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """`run(guest, conditions)`; a `fresh` case is given a guest class instance it starts and stops itself."""
+
+    name: str
+    run: Callable[[Guest, Conditions], Metrics]
+    fresh: bool = False
+    needs_backend: bool = False
+    needs_dhcp: bool = False
+    help: str
+
+
+def client(command: list[str], limit_s: float) -> dict[str, Any]:
+    """Run a client that prints one JSON document; raises `CaseFailed`."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired:
+        raise CaseFailed(f"no result after {limit_s:g} s") from None
+    try:
+        report = json.loads(done.stdout)
+    except ValueError:
+        raise CaseFailed(done.stderr.strip() or f"ended with status {done.returncode}") from None
+    if done.returncode != 0:
+        raise CaseFailed(str(report.get("error") or done.stderr.strip()))
+    assert isinstance(report, dict)
+    return report
+
+
+def with_cpu(guest: Guest, run: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], float | None]:
+    """The client's report and the CPU seconds the back-end spent meanwhile; raises `CaseFailed` when it died."""
+    if not guest.measured:
+        return run(), None
+    try:
+        before = guest.cpu_seconds()
+        report = run()
+        return report, guest.cpu_seconds() - before
+    except ProcessLookupError:
+        raise CaseFailed(f"the back-end ended: {guest.log_tail()}") from None
+
+
+def netload(guest: Guest, verb: str, where: str, port: int, *arguments: object, limit_s: float) -> dict[str, Any]:
+    command = guest.inside(str(build("netload")), verb, where, str(port), *map(str, arguments))
+    return client(command, limit_s)
+
+
+def tcp(streams: int, down: bool) -> Callable[[Guest, Conditions], Metrics]:
+    def run(guest: Guest, at: Conditions) -> Metrics:
+        # Whole seconds are all that this version of iperf3 takes.
+        options = ["-t", str(max(1, round(at.seconds))), "-P", str(streams), "-C", "cubic", "-J"]
+        command = guest.inside(
+            "iperf3", "-c", guest.server, "-p", str(at.iperf_port), *options, *(["-R"] if down else [])
+        )
+        report, cpu = with_cpu(guest, lambda: client(command, at.seconds + 15))
+        if "error" in report:
+            raise CaseFailed(str(report["error"]))
+        total = report["end"]["sum_received"]
+        metrics = {"gbit_s": total["bits_per_second"] / 1e9}
+        if cpu is not None and total["bytes"]:
+            metrics["cpu_s_per_gib"] = cpu / (total["bytes"] / GIB)
+            metrics["rss_mib"] = guest.rss_mib()
+        return metrics
+
+    return run
+
+
+def operations(verb: str, connections: int) -> Callable[[Guest, Conditions], Metrics]:
+    def run(guest: Guest, at: Conditions) -> Metrics:
+        report, cpu = with_cpu(
+            guest,
+            lambda: netload(guest, verb, guest.server, at.port, connections, at.seconds, limit_s=at.seconds + 20),
+        )
+        if not report["operations"]:
+            raise CaseFailed("not one operation")
+        metrics = {"per_s": report["rate"], "p50_us": report["p50_us"], "p99_us": report["p99_us"]}
+        metrics["errors"] = report["errors"]
+        if cpu is not None:
+            metrics["cpu_us_per_op"] = cpu / report["operations"] * 1e6
+        return metrics
+
+    return run
+
+
+def udp(size: int, down: bool) -> Callable[[Guest, Conditions], Metrics]:
+    def run(guest: Guest, at: Conditions) -> Metrics:
+        def send(rate: int) -> dict[str, Any]:
+            verb = "udp-down" if down else "udp-up"
+            limit_s = at.seconds + 20
+            return netload(guest, verb, guest.server, at.port, size, rate, at.seconds, limit_s=limit_s)
+
+        paced, cpu = with_cpu(guest, lambda: send(PACED_RATE))
+        flood = send(0)
+        metrics = {"kpps": flood["rate"] / 1e3, "loss_at_20k_pct": paced["loss"] * 100}
+        if cpu is not None and paced["received"]:
+            metrics["cpu_us_per_packet"] = cpu / paced["received"] * 1e6
+        return metrics
+
+    return run
+
+
+def dns(guest: Guest, at: Conditions) -> Metrics:
+    report, cpu = with_cpu(
+        guest,
+        lambda: netload(
+            guest, "dns", guest.resolver, 53, "bench.example", DNS_WINDOW, at.seconds, limit_s=at.seconds + 20
+        ),
+    )
+    if not report["operations"]:
+        raise CaseFailed(f"no right answer ({report['wrong']} wrong, {report['lost']} lost)")
+    metrics = {"per_s": report["rate"], "p50_us": report["p50_us"], "wrong": report["wrong"], "lost": report["lost"]}
+    if cpu is not None:
+        metrics["cpu_us_per_op"] = cpu / report["operations"] * 1e6
+    return metrics
+
+
+def startup(guest: Guest, at: Conditions) -> Metrics:
+    """Exec of the back-end to the first DHCP offer seen by a raw client."""
+    guest.make_namespace()
+    waiting = subprocess.Popen(guest.dhcp_client(20), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        time.sleep(0.1)  # the client's own start is not what is measured
+        begun = time.monotonic()
+        guest.launch(bare=True)
+        out, err = waiting.communicate(timeout=25)
+        if waiting.returncode != 0:
+            raise CaseFailed(f"{err.strip()}; {guest.log_tail()}")
+        return {"offer_s": json.loads(out)["monotonic"] - begun}
+    finally:
+        end(waiting)
+
+
+def idle(guest: Guest, at: Conditions) -> Metrics:
+    """Memory and CPU of a daemon whose guest does nothing."""
+    guest.start()
+    wait_reachable(guest, at)
+    time.sleep(1.0)
+    before = guest.cpu_seconds()
+    begun = time.monotonic()
+    time.sleep(at.idle_s)
+    spent = guest.cpu_seconds() - before
+    return {"rss_mib": guest.rss_mib(), "cpu_pct": spent / (time.monotonic() - begun) * 100}
+
+
+def idle_flows(guest: Guest, at: Conditions) -> Metrics:
+    """Many open TCP connections that say nothing; each is asked again at the end. Both ends are processes of their own."""
+    guest.start()
+    wait_reachable(guest, at)
+    before = guest.rss_mib()
+    command = guest.inside(str(build("netload")), "idle", guest.server, str(at.port), str(at.flows), "30")
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert holder.stdin is not None and holder.stdout is not None
+    try:
+        opened = json.loads(holder.stdout.readline() or "{}")
+        if opened.get("open", 0) < at.flows:
+            raise CaseFailed(f"{opened.get('open', 0)} of {at.flows} connections opened")
+        time.sleep(1.0)
+        full = guest.rss_mib()
+        out, _ = holder.communicate(timeout=60)  # closes its standard input: it asks each again and ends
+        alive = json.loads(out or "{}").get("alive", 0)
+        if alive < at.flows:
+            raise CaseFailed(f"{alive} of {at.flows} connections still answered")
+        return {
+            "rss_mib": full,
+            "kib_per_flow": (full - before) * 1024 / at.flows,
+            "opens_per_s": at.flows / max(opened["seconds"], 1e-3),
+        }
+    except subprocess.TimeoutExpired:
+        raise CaseFailed("the connections did not answer again") from None
+    finally:
+        with contextlib.suppress(OSError):
+            end(holder)
+
+
+def wait_reachable(guest: Guest, at: Conditions, limit_s: float = 15.0) -> None:
+    """Until the guest gets an octet echoed by the server on the host; raises `SetupError`."""
+    try:
+        netload(guest, "probe", guest.server, at.port, limit_s, limit_s=limit_s + 5)
+    except CaseFailed as error:
+        raise SetupError(f"{guest.label}: {error}\n{guest.log_tail() if guest.measured else ''}") from None
+
+
+def _cases() -> dict[str, Case]:
+    cases = []
+    for direction in ("up", "down"):
+        for streams in (1, 4):
+            text = f"TCP bulk, {streams} stream{'s' * (streams > 1)}, {_words(direction)}"
+            name = f"tcp_{direction}_{streams}"
+            cases.append(Case(name=name, run=tcp(streams, direction == "down"), help=text))
+    for verb, connections, text in (
+        ("rr", 1, "one-octet request/response, 1 connection"),
+        ("rr", 16, "the same, 16 connections"),
+        ("crr", 16, "connect, one octet each way, close; 16 in parallel"),
+    ):
+        cases.append(Case(name=f"{verb}_{connections}", run=operations(verb, connections), help=text))
+    for direction in ("up", "down"):
+        for size in (64, 1400):
+            text = f"UDP, {size} octets, {_words(direction)}: highest rate, and loss at 20,000 a second"
+            cases.append(Case(name=f"udp_{direction}_{size}", run=udp(size, direction == "down"), help=text))
+    cases += [
+        Case(name="dns", run=dns, help=f"DNS queries forwarded, {DNS_WINDOW} outstanding"),
+        Case(name="startup", run=startup, fresh=True, needs_backend=True, needs_dhcp=True, help="exec to DHCP offer"),
+        Case(name="idle", run=idle, fresh=True, needs_backend=True, help="memory and CPU of an idle daemon"),
+        Case(name="flows", run=idle_flows, fresh=True, needs_backend=True, help="memory with 10,000 idle TCP flows"),
+    ]
+    return {case.name: case for case in cases}
+
+
+def _words(direction: str) -> str:
+    return "guest to host" if direction == "up" else "host to guest"
+
+
+CASES = _cases()

@@ -1,0 +1,324 @@
+"""A guest (a kernel in a network namespace) behind each back-end: ours and its peers, under one interface.
+
+A back-end runs in the run's host namespace, started with the options its own documentation gives for the job and set up so
+that the guest reaches the host's 127.0.0.1 at `server`. Nothing but DHCP is measured during set-up, so addresses are set by
+hand or by the peer's own configure option.
+
+pasta, started by root: it drops to nobody and then may not enter a namespace of root's, so `--runas 0`; the target is
+given as a path (`--netns /run/netns/NAME`), which needs no user namespace; `-t none -u none -T none -U none`, or its
+port scan runs during the measurement. The gateway's address of the host namespace is then the host's loopback.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.build import SetupError, build
+from benchmarks.namespaces import HostNamespace, Namespace
+from benchmarks.processes import end, tree_cpu_seconds, tree_rss_mib
+
+ROOT = Path(__file__).resolve().parent.parent
+JUMBO = 65520
+
+
+class Guest(ABC):
+    """One guest and its back-end. `start`, measure, `stop`; a stopped one is not started again."""
+
+    name: str
+    server: str
+    """Where the guest finds servers that listen on the host's loopback."""
+    resolver: str
+    """Where the guest asks for names; the answers come from the run's own server on the host."""
+    offers_dhcp = False
+
+    def __init__(self, host: HostNamespace, directory: Path, label: str) -> None:
+        self.host = host
+        self.directory = directory
+        self.label = label
+        self.backend: subprocess.Popen[str] | None = None
+        self.log = directory / f"{label}.log"
+        self._children: list[subprocess.Popen[str]] = []
+        self.namespace: Namespace | None = None
+
+    @classmethod
+    def missing(cls) -> str | None:
+        """Why this back-end cannot be measured here, or None."""
+        return None
+
+    def start(self) -> None:
+        """Start the back-end and give the guest its network."""
+        self.make_namespace()
+        self.launch()
+        self.attach()
+
+    def make_namespace(self) -> None:
+        self.namespace = Namespace(self.label)
+
+    @property
+    def guest(self) -> Namespace:
+        if self.namespace is None:
+            raise SetupError(f"{self.label} has no namespace yet")
+        return self.namespace
+
+    def inside(self, *command: str) -> list[str]:
+        """The command line that runs `command` in the guest."""
+        return self.guest.inside(*command)
+
+    @abstractmethod
+    def launch(self, *, bare: bool = False) -> None:
+        """Exec the back-end; `bare` leaves the guest's interface unconfigured, for a DHCP client."""
+
+    @abstractmethod
+    def attach(self) -> None:
+        """Wait for the link and configure the guest."""
+
+    def dhcp_client(self, seconds: float) -> list[str]:
+        """The command line that prints when the first DHCP offer came; started before `launch`."""
+        return self.inside(str(build("netload")), "dhcp-tap", str(seconds))
+
+    def spawn(self, *command: str, cwd: Path | None = None) -> subprocess.Popen[str]:
+        with self.log.open("a") as log:
+            child = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, text=True, cwd=cwd
+            )
+        self._children.append(child)
+        return child
+
+    def run_backend(self, *command: str, cwd: Path | None = None) -> None:
+        self.backend = self.spawn(*self.host.inside(*command), cwd=cwd)
+
+    def wait_for(self, what: str, ready: Callable[[], object], limit_s: float = 15.0) -> None:
+        """Poll until `ready()` is true; raises `SetupError` with the end of the log."""
+        end_at = time.monotonic() + limit_s
+        while not ready():
+            if self.backend is not None and self.backend.poll() is not None:
+                raise SetupError(f"{self.label} ended with status {self.backend.returncode}:\n{self.log_tail()}")
+            if time.monotonic() > end_at:
+                raise SetupError(f"{self.label}: {what} did not come up in {limit_s:g} s:\n{self.log_tail()}")
+            time.sleep(0.01)
+
+    def log_tail(self) -> str:
+        lines = [line for line in self.log.read_text(errors="replace").splitlines() if "syslog" not in line]
+        return "\n".join(lines[-12:])
+
+    @property
+    def measured(self) -> bool:
+        """Whether there is a back-end process whose CPU and memory can be told."""
+        return self.backend is not None
+
+    def cpu_seconds(self) -> float:
+        """CPU time of the back-end's processes so far; raises `ProcessLookupError` when it has ended."""
+        return tree_cpu_seconds([self.backend.pid]) if self.backend else 0.0
+
+    def rss_mib(self) -> float:
+        return tree_rss_mib([self.backend.pid]) if self.backend else 0.0
+
+    def stop(self) -> None:
+        for child in reversed(self._children):
+            end(child)
+        if self.namespace is not None:
+            self.namespace.delete()
+
+
+class Loopback(Guest):
+    """No guest: the client beside the server. The upper limit of the machine."""
+
+    name = "loopback"
+    server = "127.0.0.1"
+    resolver = "127.0.0.1"
+
+    def make_namespace(self) -> None:
+        """It lives in the host's."""
+
+    def inside(self, *command: str) -> list[str]:
+        return ["nsenter", f"--net={self.host.path}", "--", *command]
+
+    def launch(self, *, bare: bool = False) -> None:
+        """Nothing to start."""
+
+    def attach(self) -> None:
+        """Nothing to configure."""
+
+
+class Veth(Guest):
+    """Kernel to kernel over a veth pair: what a guest could get without any user-mode back-end."""
+
+    name = "veth"
+    server = "10.111.0.1"
+    resolver = "10.111.0.1"
+
+    def launch(self, *, bare: bool = False) -> None:
+        self.host.ip("link", "add", "ve0", "type", "veth", "peer", "name", "eth0", "netns", self.guest.name)
+
+    def attach(self) -> None:
+        self.host.ip("address", "add", f"{self.server}/24", "dev", "ve0")
+        self.host.ip("link", "set", "ve0", "up")
+        self.guest.configure("eth0", "10.111.0.2/24", self.server)
+
+
+class Pasta(Guest):
+    """pasta over its TAP, as root in an existing namespace (see the module's text)."""
+
+    name = "pasta"
+    server = HostNamespace.gateway
+    resolver = HostNamespace.gateway
+    offers_dhcp = True
+
+    @classmethod
+    def missing(cls) -> str | None:
+        return None if shutil.which("pasta") else "pasta is not on PATH"
+
+    def launch(self, *, bare: bool = False) -> None:
+        forwards = ["-t", "none", "-u", "none", "-T", "none", "-U", "none"]
+        configure = [] if bare else ["--config-net"]
+        self.run_backend(
+            "pasta", "-4", "-f", "-q", "--runas", "0", *configure, *forwards, "-I", "eth0", "--netns", self.guest.path
+        )
+
+    def attach(self) -> None:
+        self.wait_for("eth0", lambda: "default" in self.guest.ip("route", "show"))
+
+
+class Slirp4netns(Guest):
+    """slirp4netns at its default MTU."""
+
+    name = "slirp4netns"
+    server = "10.0.2.2"
+    resolver = "10.0.2.3"
+    offers_dhcp = True
+    mtu = 1500
+
+    @classmethod
+    def missing(cls) -> str | None:
+        return None if shutil.which("slirp4netns") else "slirp4netns is not on PATH"
+
+    def launch(self, *, bare: bool = False) -> None:
+        configure = [] if bare else ["--configure"]
+        mtu = f"--mtu={self.mtu}"
+        self.run_backend("slirp4netns", *configure, mtu, "--netns-type=path", self.guest.path, "tap0")
+
+    def attach(self) -> None:
+        self.wait_for("tap0", lambda: "default" in self.guest.ip("route", "show"))
+
+
+class Slirp4netnsJumbo(Slirp4netns):
+    name = "slirp4netns-65520"
+    mtu = JUMBO
+
+
+class Bridged(Guest):
+    """A kernel guest behind a QEMU-style stream socket, through `framebridge`."""
+
+    mtu = 1500
+    address: str
+    gateway: str
+    offers_dhcp = True
+    bridge: subprocess.Popen[str] | None = None
+
+    @property
+    def socket(self) -> Path:
+        return self.directory / f"{self.label}.sock"
+
+    def attach(self) -> None:
+        self.wait_for("the socket", self.socket.exists)
+        bridge = self.spawn(*self.inside(str(build("framebridge")), "eth0", str(self.mtu), str(self.socket)))
+        self.wait_for("eth0", lambda: self.guest.interface() or bridge.poll() is not None)
+        self.guest.configure("eth0", self.address, self.gateway)
+
+    def dhcp_client(self, seconds: float) -> list[str]:
+        return [str(build("netload")), "dhcp-qemu", str(self.socket), str(seconds)]
+
+
+class _Pyvpnkit:
+    """What our daemon's guests have in common."""
+
+    server = "192.168.65.2"
+    resolver = "192.168.65.1"
+    address = "192.168.65.3/24"
+    gateway = "192.168.65.1"
+    offers_dhcp = True
+    python = sys.executable
+    options: tuple[str, ...] = ()
+
+    @staticmethod
+    def command(link: str, *options: str) -> list[str]:
+        more = ["--state-dir", "off", "--log-level", "warning", *options, *_Pyvpnkit.options]
+        return [_Pyvpnkit.python, "-m", "pyvpnkit", "run", "--link", link, *more]
+
+
+class PyvpnkitTap(_Pyvpnkit, Guest):
+    """Our daemon on a TAP with virtio-net header and offloads."""
+
+    name = "pyvpnkit-tap"
+    scheme = "tap"
+
+    def launch(self, *, bare: bool = False) -> None:
+        self.run_backend(*self.command(f"{self.scheme}:netns={self.guest.name}"), cwd=ROOT)
+
+    def attach(self) -> None:
+        self.wait_for("the interface", self.guest.interface)
+        interface = self.guest.interface()
+        assert interface is not None
+        self.guest.configure(interface, self.address, self.gateway)
+
+
+class PyvpnkitPacket(PyvpnkitTap):
+    """Our daemon on a packet socket: the way without /dev/net/tun."""
+
+    name = "pyvpnkit-packet"
+    scheme = "packet"
+
+
+class PyvpnkitQemu(_Pyvpnkit, Bridged):
+    """Our daemon behind a QEMU-style stream at MTU 1500: every frame and checksum by itself."""
+
+    name = "pyvpnkit-qemu"
+
+    def launch(self, *, bare: bool = False) -> None:
+        self.run_backend(*self.command(f"qemu:{self.socket}", "--mtu", str(self.mtu)), cwd=ROOT)
+
+
+class PyvpnkitQemuJumbo(PyvpnkitQemu):
+    name = "pyvpnkit-qemu-65520"
+    mtu = JUMBO
+
+
+class Gvproxy(Bridged):
+    """gvproxy (gvisor-tap-vsock) behind the same bridge."""
+
+    name = "gvproxy"
+    server = "192.168.127.254"
+    resolver = "192.168.127.1"
+    address = "192.168.127.3/24"
+    gateway = "192.168.127.1"
+
+    @classmethod
+    def missing(cls) -> str | None:
+        return None if shutil.which("gvproxy") else "gvproxy is not on PATH"
+
+    def launch(self, *, bare: bool = False) -> None:
+        self.run_backend("gvproxy", "-listen-qemu", f"unix://{self.socket}", "-mtu", str(self.mtu), "-ssh-port", "-1")
+
+
+GUESTS: dict[str, type[Guest]] = {
+    kind.name: kind
+    for kind in (
+        Loopback,
+        Veth,
+        Pasta,
+        Slirp4netns,
+        Slirp4netnsJumbo,
+        Gvproxy,
+        PyvpnkitTap,
+        PyvpnkitPacket,
+        PyvpnkitQemu,
+        PyvpnkitQemuJumbo,
+    )
+}
+BY_DEFAULT = tuple(name for name in GUESTS if name != PyvpnkitPacket.name)
