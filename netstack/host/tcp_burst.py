@@ -13,7 +13,6 @@ from typing import Any, Final
 from netstack.host.octets import KeptOctets, PeekedOctets
 from netstack.host.tcp_frames import HEADERS, FrameMaker
 from netstack.tcp.seq import MASK
-from netstack.wire.bulk import load
 from netstack.wire.tcp import ACK, PSH
 
 _BLOCK_OCTETS: Final = 1 << 16
@@ -25,7 +24,8 @@ class Burst:
     """One block for segments of `mss` octets behind `headroom`; any flow of that shape uses it in turn."""
 
     def __init__(self, headroom: int, mss: int) -> None:
-        np = load()
+        import numpy as np
+
         self._np = np
         self.count = max(_BLOCK_OCTETS // mss, 1)
         stride = headroom + HEADERS + mss

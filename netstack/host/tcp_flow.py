@@ -160,7 +160,7 @@ class TcpFlow:
                     snd.acknowledge(ack, self._proxy.now)
                     self._acked = True
                     snd.wnd = window
-                elif window != snd.wnd or (not length and snd.max != ack):
+                elif window != snd.wnd or not window or (not length and snd.max != ack):
                     self._slow_segment(frame, at, end, seq, ack, offset_flags, window >> snd.shift)
                     return
                 if length:

@@ -16,8 +16,8 @@ from typing import Final
 from netstack.iface.neighbours import Neighbour
 from netstack.iface.offload import VNET_HEADER
 from netstack.iface.switch import Port
-from netstack.wire.bulk import bulk_sum
 from netstack.wire.checksum import partial as partial_sum
+from netstack.wire.checksum import use_numpy
 
 _IPV4: Final = b"\x08\x00\x45\x00"
 _DF_TTL_TCP: Final = bytes((0, 0, 0x40, 0, 64, 6))
@@ -68,6 +68,7 @@ class FrameMaker:
             self._prefix_gso = VNET_HEADER.pack(_NEEDS_CHECKSUM, _GSO_TCPV4, HEADERS, mss, _TCP_AT, _CHECKSUM_AT, 1)
         else:
             self._prefix_plain = self._prefix_gso = b""
+            use_numpy()
         self._mss = mss
         self._pack_into = struct.Struct(f"!{headroom}s16sH6sH12sIIHHHH").pack_into
         self._ack_pack = struct.Struct(f"!{headroom + 38}sIIHHHH").pack
@@ -128,7 +129,7 @@ class FrameMaker:
             total_sum = (
                 self._ack_sum - 20 + length
                 + seq + ack + offset_flags + window
-                + bulk_sum(memoryview(buffer)[at : at + octets])
+                + partial_sum(memoryview(buffer)[at : at + octets])
             )  # fmt: skip
             checksum = 0xFFFF ^ (total_sum % 0xFFFF or 0xFFFF)
         ip_checksum = 0xFFFF ^ ((self._ip_sum + total) % 0xFFFF or 0xFFFF)

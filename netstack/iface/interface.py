@@ -22,6 +22,7 @@ from netstack.observe.metrics import Counters, Drop
 from netstack.settings import Network
 from netstack.wire import arp, ethernet, ipv4
 from netstack.wire.checksum import BadChecksum
+from netstack.wire.checksum import partial as partial_sum
 from netstack.wire.ipv4 import SourceRouted
 
 _FAST: Final = struct.Struct("!12xIH2xI2x12sIIHH")
@@ -246,20 +247,12 @@ class Interface:
 
     def _tcp_sum_good(self, frame: memoryview, at: int, end: int, key: bytes) -> bool:
         """TCP over pseudo-header (addresses are `key[:8]`) and the IPv4 header; the general way counts what is wrong."""
-        total = int.from_bytes(frame[at:end], "big")
-        if (end - at) & 1:
-            total <<= 8
-        if (total + int.from_bytes(key[:8], "big") + 6 + end - at) % 0xFFFF:
-            return False
-        return int.from_bytes(frame[at - 20 : at], "big") % 0xFFFF == 0
+        total = partial_sum(frame[at:end]) + int.from_bytes(key[:8], "big") + _TCP + end - at
+        return not total % 0xFFFF and not int.from_bytes(frame[at - 20 : at], "big") % 0xFFFF
 
     def _udp_sum_good(self, frame: memoryview, at: int, end: int, key: bytes) -> bool:
-        total = int.from_bytes(frame[at:end], "big")
-        if (end - at) & 1:
-            total <<= 8
-        return not (total + int.from_bytes(key[:8], "big") + 17 + end - at) % 0xFFFF and (
-            int.from_bytes(frame[at - 20 : at], "big") % 0xFFFF == 0
-        )
+        total = partial_sum(frame[at:end]) + int.from_bytes(key[:8], "big") + _UDP + end - at
+        return not total % 0xFFFF and not int.from_bytes(frame[at - 20 : at], "big") % 0xFFFF
 
     # The general way.
 

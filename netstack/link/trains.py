@@ -12,8 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
-from netstack.wire.bulk import load
-
 SHORTEST: Final = 600
 """Frames below this many octets are not worth a look."""
 FEWEST: Final = 6
@@ -37,7 +35,9 @@ class TrainFinder:
     """Looks for trains behind `headroom` octets of prefix."""
 
     def __init__(self, headroom: int) -> None:
-        self._np = load()
+        import numpy as np  # by need: links with offload never come here
+
+        self._np = np
         self._headroom = headroom
         prefix = list(range(headroom))
         same = [headroom + at for at in range(_HEADERS) if at not in _MAY_DIFFER]

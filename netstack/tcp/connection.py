@@ -189,9 +189,7 @@ class Connection:
                     self.challenge(now)
                 if flags & ACK and not flags & SYN and self._ack_in_flight(seg_ack):
                     # RFC 9293 allows ACK processing of unacceptable segments at zero window.
-                    self._process_ack(
-                        seg_seq, 0, seg_ack, seg_wnd, options, now, update_window=distance(rcv.nxt, seg_seq) >= 0
-                    )
+                    self._process_ack(seg_seq, 0, seg_ack, seg_wnd, options, now)
             return None
         # Second, RST (RFC 5961 3.2).
         if flags & RST:
@@ -237,8 +235,6 @@ class Connection:
         seg_wnd: int,
         options: Options,
         now: float,
-        *,
-        update_window: bool = True,
     ) -> bool:
         """ACK processing of synchronised states; False when the segment is to be dropped."""
         snd = self.snd
@@ -267,16 +263,19 @@ class Connection:
             if snd.recover is not None:
                 self.resend += snd.holes(2)
             self.plain = False
-        if update_window and (
-            distance(snd.wl1, seg_seq) > 0 or (snd.wl1 == seg_seq and distance(snd.wl2, seg_ack) >= 0)
-        ):
+        # RFC 9293 3.10.7.4 updates by WL1 and WL2; like Linux also whenever the ACK advances, since the old window counted
+        # from the new SND.UNA could lie beyond what the guest offers.
+        newer = distance(snd.wl1, seg_seq)
+        if ahead > 0 or newer > 0 or (newer == 0 and distance(snd.wl2, seg_ack) >= 0):
             if window and not snd.wnd:
                 snd.rto_at = now + snd.rtt.rto if snd.una != snd.max else 0.0
                 snd.rtt.backoff = 0
             if not window:
                 snd.progress_at = now  # a closed window that is told to us is a sign of life
             snd.wnd = window
-            snd.wl1, snd.wl2 = seg_seq, seg_ack
+            if newer >= 0:
+                snd.wl1 = seg_seq
+            snd.wl2 = seg_ack
         return True
 
     def _text(self, seg_seq: int, seg_len: int, fin: bool) -> tuple[int, int, int, bool] | None:
