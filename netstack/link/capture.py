@@ -1,6 +1,6 @@
 """A link with a capture around it: every frame of both directions is written, the link's headroom is not.
 
-Put around a link and taken off again while it runs (`port.link = CaptureLink(port.link, writer)`, `port.link = link.inner`);
+Put around a link and taken off again while it runs (who holds the link, and its bound methods, holds the wrapper instead);
 where there is none, there is nothing to pay. Frames are written as they are on the link. With offloads (TAP, packet) that
 means: super-frames longer than the MTU, and TCP and UDP checksums of frames *towards* the guest that hold the partial sum
 which the guest's kernel completes. Wireshark does not verify these checksums unless told to; filling them in would cost a pass
@@ -27,6 +27,8 @@ class CaptureLink:
         self.max_frame = inner.max_frame
         self.tso = inner.tso
         self.partial_checksums = inner.partial_checksums
+        if (window := getattr(inner, "window", None)) is not None:
+            self.window: int = window
         self._writer = writer
         self._wall_ns = wall_ns
         self._interface = writer.add_interface(inner.name)

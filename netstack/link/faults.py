@@ -91,6 +91,8 @@ class FaultyLink:
         self.fileno = inner.fileno
         self.prefix = inner.prefix
         self.close = inner.close
+        if (window := getattr(inner, "window", None)) is not None:
+            self.window: int = window
         self._clock = clock
         self._from_guest = _Wire(outbound, rng, inner.headroom)
         self._to_guest = _Wire(inbound, rng, inner.headroom)

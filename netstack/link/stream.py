@@ -16,7 +16,7 @@ import socket
 from collections.abc import Sequence
 from itertools import chain
 from struct import Struct
-from typing import ClassVar, Final
+from typing import ClassVar, Final, TypeVar
 
 from netstack.api import Frame
 from netstack.errors import LinkDown
@@ -29,6 +29,8 @@ LARGEST_BELIEVED: Final = 69632
 
 READ_OCTETS: Final = 256 * 1024
 """One read; at MTU 1500 a batch of about 170 frames (spec: dataplane D)."""
+
+T = TypeVar("T")
 
 IOV_MAX: Final = 1024
 """Pieces per `sendmsg`: Linux, macOS and the BSDs agree on this number."""
@@ -90,16 +92,16 @@ class StreamLink:
     def receive(self) -> Sequence[memoryview]:
         """See `Link`. One read of at most 256 KiB and the whole frames in it."""
         self._fill()
-        return self._cut()
+        return self._unless_lost(self._cut())
 
     def receive_trains(self) -> list[memoryview | Train]:
         """As `receive`, but runs of segments come as one `Train` each. Do not mix the two within a batch."""
         self._fill()
         if self._trains is None:
             if self._end - self._start < FEWEST * SHORTEST:
-                return list(self._cut())
+                return self._unless_lost([*self._cut()])
             self._trains = TrainFinder(self.headroom)
-        return self._couple(self._trains)
+        return self._unless_lost(self._couple(self._trains))
 
     def _couple(self, finder: TrainFinder) -> list[memoryview | Train]:
         """`_cut` that tries for a train at each large frame with enough behind it; after a miss, not for a while."""
@@ -168,12 +170,16 @@ class StreamLink:
                 self._counters.drops[Drop.FRAME_SHORT if length < ETHERNET_HEADER else Drop.FRAME_LONG] += 1
             position = stop
         self._start = position
-        if self._lie and not frames:
-            raise LinkDown(self._lie)
         return frames
 
+    def _unless_lost(self, found: list[T]) -> list[T]:
+        """What was found before framing was lost is still good; with nothing found the link is down now."""
+        if self._lie and not found:
+            raise LinkDown(self._lie)
+        return found
+
     def _disbelieve(self, length: int) -> None:
-        """Framing is lost. The frames before are still good; the next `receive` raises."""
+        """Framing is lost; the next `receive` raises."""
         self._lie = (
             f"{self.name}: the peer announced a frame of {length} octets; at most {LARGEST_BELIEVED} are believed"
         )
