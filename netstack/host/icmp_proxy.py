@@ -20,7 +20,7 @@ import errno
 import logging
 import socket
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from netstack.api import Clock, Endpoint
 from netstack.errors import Malformed
@@ -28,7 +28,6 @@ from netstack.host import error_queue
 from netstack.host.error_queue import QueuedError
 from netstack.host.io import ERROR, READ, HostIO
 from netstack.host.udp_proxy import UdpFlow
-from netstack.host.udp_socket import Quoted
 from netstack.observe.events import EventBus, FlowRefused
 from netstack.observe.metrics import Counters, Drop
 from netstack.policy.egress import Answer, Deny, Egress
@@ -84,7 +83,7 @@ class Ping:
                     mode = error_queue.PMTUDISC_DO if dont_fragment else error_queue.PMTUDISC_DONT
                     self.sock.setsockopt(socket.IPPROTO_IP, error_queue.IP_MTU_DISCOVER, mode)
         except OSError:
-            pass  # the request goes on as the host would send its own
+            self.ttl, self.dont_fragment = -1, None  # this one goes on as the host would send its own
 
     def ready(self, mask: int) -> None:
         if not self.entry.closed:
@@ -328,8 +327,11 @@ class IcmpProxy:
             offender = error.offender
             if offender is not None and offender[0] == 127:
                 offender = None
-            about = cast("Packet", Quoted(data, self._output.neighbour(ping.guest)))
-            self._output.icmp_error(error.kind, error.code, about, source=offender, mtu=error.mtu, now=now)
+            neighbour = self._output.neighbour(ping.guest)
+            if neighbour is not None:
+                self._output.icmp_quoting(
+                    error.kind, error.code, data, neighbour, source=offender, mtu=error.mtu, now=now
+                )
         return reported
 
     # Ends.

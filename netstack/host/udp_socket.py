@@ -16,7 +16,7 @@ from __future__ import annotations
 import errno
 import socket
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from netstack.api import Clock, Endpoint, Frame
 from netstack.host import error_queue
@@ -30,7 +30,6 @@ from netstack.udp.template import LEAD, TRAIL, Template
 from netstack.wire import ethernet, icmp, udp
 
 if TYPE_CHECKING:
-    from netstack.iface.interface import Packet
     from netstack.iface.neighbours import Neighbour
     from netstack.iface.output import Output
     from netstack.iface.switch import Port
@@ -47,16 +46,6 @@ _BATCH_OCTETS: Final = 65536
 _RECEIVE_BUFFER: Final = 1 << 20
 """Asked for per socket (the kernel may grant less): at 60,000 datagrams/s its default holds 3 ms."""
 _PROTOCOL: Final = 17
-
-
-class Quoted:
-    """As much of a `Packet` as an ICMP error needs: a guest's datagram put together again."""
-
-    __slots__ = ("data", "neighbour")
-
-    def __init__(self, data: bytes, neighbour: Neighbour | None) -> None:
-        self.data = memoryview(data)
-        self.neighbour = neighbour
 
 
 class Wiring:
@@ -186,7 +175,7 @@ class GuestSocket:
                     mode = error_queue.PMTUDISC_DO if dont_fragment else error_queue.PMTUDISC_DONT
                     sock.setsockopt(socket.IPPROTO_IP, error_queue.IP_MTU_DISCOVER, mode)
         except OSError:
-            pass  # the datagram goes on as the host would send its own
+            self.ttl, self.dont_fragment = -1, None  # this one goes on as the host would send its own
 
     def close(self) -> None:
         """Let go of the descriptor; harmless when repeated."""
@@ -255,6 +244,9 @@ class GuestSocket:
                 neighbour = self._find_guest(route)
             template = route.template
             if template is None or octets > template.limit:
+                if frames and port is not None:
+                    port.send(frames)  # before it, as they came
+                    frames = []
                 self._send_general(route.source, view[at : at + octets], now)
                 continue
             if neighbour is not None:
@@ -363,5 +355,6 @@ class GuestSocket:
             guest.address, guest.port, destination.address, destination.port, payload, association.octets
         )
         output = self.wiring.output
-        about = cast("Packet", Quoted(data, output.neighbour(guest.address)))
-        output.icmp_error(kind, code, about, source=offender, mtu=mtu, now=now)
+        neighbour = output.neighbour(guest.address)
+        if neighbour is not None:
+            output.icmp_quoting(kind, code, data, neighbour, source=offender, mtu=mtu, now=now)

@@ -10,7 +10,7 @@ Idle times: `idle_s` (VPNKit 60 s, RFC 4787 REQ-5 at least 120 s, we 90 s as gvp
 `brief_ports` (DNS, NTP: one question, one answer) is over `short_s` after the answer; gvproxy without that rule ran out of
 descriptors (its issue 622).
 
-Full: opening one more in a full group first evicts those of that group idle longest, a few per cent at once, so that a port
+Full: opening one more in a full group first evicts those of that group idle longest, a sixteenth at once, so that a port
 scan pays one search per batch and not per packet; a mapping in use survives as long as idler ones exist.
 
 Example: the guest asks 1.1.1.1:53 from port 4000 (`open`, `spoke`), is answered at once (`heard = now`), and 5 s later
@@ -77,8 +77,8 @@ class Entry(Generic[Owner]):
 class Table(Generic[Owner]):
     """Entries by key, bounded per group, with lazy expiry."""
 
-    BATCH: Final = 32
-    """One in so many of a full group goes at once (32 of 1024)."""
+    BATCH: Final = 16
+    """One in so many of a full group goes at once (64 of 1024; VPNKit: 256)."""
 
     def __init__(
         self,

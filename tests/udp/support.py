@@ -143,7 +143,20 @@ class FakeOutput:
     def icmp_error(
         self, kind: int, code: int, packet: Any, *, now: float, source: bytes | None = None, mtu: int = 0
     ) -> None:
-        data = bytes(packet.data)
+        self.icmp_quoting(kind, code, packet.data, packet.neighbour, now=now, source=source, mtu=mtu)
+
+    def icmp_quoting(
+        self,
+        kind: int,
+        code: int,
+        quoted: Any,
+        neighbour: Any,
+        *,
+        now: float,
+        source: bytes | None = None,
+        mtu: int = 0,
+    ) -> None:
+        data = bytes(quoted)
         assert data[0] == 0x45 and len(data) >= 28, "an error quotes at least 28 octets"
         assert ones_sum(data[:20]) == 0xFFFF, "quoted header checksum"
         self.errors.append(IcmpError(source or GATEWAY, data[12:16], kind, code, mtu, data))
