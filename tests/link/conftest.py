@@ -12,6 +12,7 @@ import select
 import socket
 import struct
 import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
@@ -197,32 +198,48 @@ async def make_captured(world: World) -> tuple[Link, Peer]:
     return CaptureLink(link, writer), peer
 
 
-def _ip(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
+def _guest_namespace(world: World) -> int:
+    """A process in a user and network namespace of its own, as an ordinary user may make them; its process id."""
+    holder = subprocess.Popen(
+        ["unshare", "--user", "--map-root-user", "--net", "sh", "-c", "echo up; exec sleep 60"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+    def end() -> None:
+        holder.kill()
+        holder.communicate()
+
+    world.stack.callback(end)
+    assert holder.stdout is not None and holder.stderr is not None
+    if holder.stdout.readline() != "up\n":
+        pytest.skip(f"no user namespace here: {holder.stderr.read().strip()}")
+    return holder.pid
+
+
+def _packet_socket() -> int:
+    protocol = int.from_bytes(ETHERTYPE, "big")
+    sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, protocol)
+    sock.bind(("guest0", protocol))
+    return sock.detach()
 
 
 def _device(scheme: str, *, offload: bool) -> Make:
     async def make(world: World) -> tuple[Link, Peer]:
-        if os.geteuid() != 0 or (scheme == "tap" and not os.access("/dev/net/tun", os.R_OK | os.W_OK)):
-            pytest.skip(f"a {scheme} link of the test needs root" + (" and /dev/net/tun" if scheme == "tap" else ""))
+        if sys.platform != "linux":
+            pytest.skip("expected: network devices are Linux's")
+        if scheme == "tap" and not os.access("/dev/net/tun", os.R_OK | os.W_OK):
+            pytest.skip("/dev/net/tun may not be opened")
         from netstack.link.devices import open_device
         from netstack.link.namespace import namespace_paths, open_inside
         from netstack.link.spec import LinkSpec
 
-        namespace = f"links-{os.getpid()}"
-        made = _ip("netns", "add", namespace)
-        if made.returncode:
-            pytest.skip(f"no network namespace: {made.stderr.strip()}")
-        world.stack.callback(_ip, "netns", "del", namespace)
-
-        def packet_socket() -> int:
-            sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, int.from_bytes(ETHERTYPE, "big"))
-            sock.bind(("guest0", int.from_bytes(ETHERTYPE, "big")))
-            return sock.detach()
-
-        spec = LinkSpec.parse(f"{scheme}:netns={namespace},ifname=guest0,offload={'on' if offload else 'off'}")
+        pid = _guest_namespace(world)
+        spec = LinkSpec.parse(f"{scheme}:pid={pid},ifname=guest0,offload={'on' if offload else 'off'}")
         link = open_device(spec, MTU)
-        fd = open_inside(namespace_paths("netns", namespace), packet_socket)
+        world.stack.callback(link.close)
+        fd = open_inside(namespace_paths("pid", str(pid)), _packet_socket)
         return link, DevicePeer(socket.socket(fileno=fd))
 
     return make
