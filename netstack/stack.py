@@ -428,7 +428,8 @@ class Stack:
         found = self.tcp.info()
         for flow in self.udp.flows():
             remotes = ",".join(map(str, flow.remotes[:3])) or "*"
-            found.append(FlowInfo("udp", str(flow.guest), remotes, flow.direction, "", 0, 0, now - flow.opened))
+            octets = flow.octets_outbound, flow.octets_inbound
+            found.append(FlowInfo("udp", str(flow.guest), remotes, flow.direction, "", *octets, now - flow.opened))
         return found
 
     def status(self) -> dict[str, object]:

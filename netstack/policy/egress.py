@@ -168,6 +168,7 @@ class Egress:
         self._routed = _prefixes("routed", network.routed)
         self._own: frozenset[bytes] = frozenset()
         self._verdicts: dict[bytes, Allow | Deny] = {}
+        self._rewrites: dict[int, Rewrite] = {}
 
     def refuse(self, addresses: Iterable[bytes]) -> None:
         """Deny these destinations too (4 or 16 octets each), in place of those given before: the host's own."""
@@ -184,7 +185,10 @@ class Egress:
         if verdict is not None:
             return verdict
         if destination == self._alias:
-            return Rewrite(Endpoint(LOOPBACK, port))
+            rewrite = self._rewrites.get(port)
+            if rewrite is None:
+                rewrite = self._rewrites[port] = Rewrite(Endpoint(LOOPBACK, port))
+            return rewrite
         verdict = self._judge(destination)
         if len(self._verdicts) >= self.CACHE:
             self._verdicts.clear()
