@@ -87,8 +87,8 @@ class Burst:
         out = self._frames[:full] if full < self.count else self._frames
         if rest:
             start = full * self._stride
-            frames.finish(self._block, rest, (seq + full * mss) & MASK, ack, ACK | PSH, window, start)
+            end = frames.finish(self._block, rest, (seq + full * mss) & MASK, ack, ACK | PSH, window, start)
             row = self._frames[full][0]
-            out = [*out, (row[: self._head + rest],)]
+            out = [*out, (row[:end],)]
         frames.port.send(out)
         return got, got == rows * mss

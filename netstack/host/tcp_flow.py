@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final
 from netstack.api import Endpoint
 from netstack.host.io import ERROR, HANGUP, READ, READ_CLOSED, WRITE
 from netstack.host.octets import octets_of
-from netstack.host.tcp_frames import HEADERS, FrameMaker
+from netstack.host.tcp_frames import FrameMaker
 from netstack.iface.neighbours import Neighbour
 from netstack.iface.switch import Port
 from netstack.tcp.connection import WINDOW_SHIFT, Connection, Event
@@ -322,6 +322,7 @@ class TcpFlow:
     def _opened(self, conn: Connection) -> None:
         conn.update_plain()
         self._connect_at = 0.0
+        self.frames = None  # the guest's MSS is known now
         snd = conn.snd
         self._base = (snd.iss + 1) & MASK
         self._full_window = conn.rcv.capacity >> conn.rcv.shift
@@ -572,12 +573,12 @@ class TcpFlow:
                 else:
                     self.readable = False
             window = self.window(conn)
-            frames.finish(scratch, count, snd.nxt, conn.rcv.nxt, flags, window)
+            end = frames.finish(scratch, count, snd.nxt, conn.rcv.nxt, flags, window)
             if resending:
                 proxy.counters.tcp_retransmitted += 1
             else:
                 self.octets_in += count
-            port.send(((memoryview(scratch)[: frames.headroom + HEADERS + count],),))
+            port.send(((memoryview(scratch)[:end],),))
             self._acknowledged(conn)
             if flags & FIN:
                 snd.sent(count + 1, proxy.now)
@@ -735,8 +736,8 @@ class TcpFlow:
                 return
             if count:
                 self._proxy.counters.tcp_retransmitted += 1
-                frames.finish(scratch, count, seq, conn.rcv.nxt, ACK, self.window(conn))
-                frames.port.send(((memoryview(scratch)[: frames.headroom + HEADERS + count],),))
+                end = frames.finish(scratch, count, seq, conn.rcv.nxt, ACK, self.window(conn))
+                frames.port.send(((memoryview(scratch)[:end],),))
 
     # Time.
 

@@ -18,6 +18,7 @@ from netstack.iface.offload import VNET_HEADER
 from netstack.iface.switch import Port
 from netstack.wire.checksum import partial as partial_sum
 from netstack.wire.checksum import use_numpy
+from netstack.wire.ethernet import MIN_FRAME
 
 _IPV4: Final = b"\x08\x00\x45\x00"
 _DF_TTL_TCP: Final = bytes((0, 0, 0x40, 0, 64, 6))
@@ -46,6 +47,7 @@ class FrameMaker:
         "_prefix_gso",
         "_prefix_plain",
         "_pseudo",
+        "_shortest",
         "headroom",
         "partial",
         "port",
@@ -71,8 +73,10 @@ class FrameMaker:
             use_numpy()
         self._mss = mss
         self._pack_into = struct.Struct(f"!{headroom}s16sH6sH12sIIHHHH").pack_into
-        self._ack_pack = struct.Struct(f"!{headroom + 38}sIIHHHH").pack
-        prefix = self._prefix_plain if self.partial else port.link.prefix(HEADERS)
+        # Without offloads a frame has 60 octets at least (IEEE 802.3); a virtual one need not.
+        self._shortest = HEADERS if self.partial else MIN_FRAME
+        self._ack_pack = struct.Struct(f"!{headroom + 38}sIIHHHH{self._shortest - HEADERS}x").pack
+        prefix = self._prefix_plain if self.partial else port.link.prefix(MIN_FRAME)
         total = 40
         self._ack_head = b"".join(
             (prefix, self._ethernet, total.to_bytes(2, "big"), _DF_TTL_TCP, self._ip_checksum(total), self._addresses)
@@ -102,20 +106,22 @@ class FrameMaker:
             prefix = self._prefix_plain
             checksum = (self._pseudo + length) % 0xFFFF or 0xFFFF
         else:
-            prefix = self.port.link.prefix(34 + length)
+            prefix = self.port.link.prefix(max(34 + length, MIN_FRAME))
             tcp = struct.pack("!4sIIHHHH", self._addresses[8:], seq, ack, offset_flags, window, 0, 0) + options
             checksum = 0xFFFF ^ ((partial_sum(tcp) + self._pseudo + length) % 0xFFFF or 0xFFFF)
         head = b"".join(
             (prefix, self._ethernet, total.to_bytes(2, "big"), _DF_TTL_TCP, self._ip_checksum(total), self._addresses)
         )
-        return struct.pack(f"!{len(head)}sIIHHHH", head, seq, ack, offset_flags, window, checksum, 0) + options
+        frame = struct.pack(f"!{len(head)}sIIHHHH", head, seq, ack, offset_flags, window, checksum, 0) + options
+        return frame + bytes(max(self._shortest - 34 - length, 0))
 
     def finish(
         self, buffer: bytearray, octets: int, seq: int, ack: int, flags: int, window: int, start: int = 0
-    ) -> None:
+    ) -> int:
         """Write the headers of a frame that begins at `start` in `buffer`; its payload lies behind them already.
 
-        With more than one segment of payload it becomes a super-frame (only on links that take them).
+        Returns the frame's length with headroom and padding. With more than one segment of payload it becomes a
+        super-frame (only on links that take them).
         """
         total = 40 + octets
         offset_flags = 0x5000 | flags
@@ -124,7 +130,7 @@ class FrameMaker:
             prefix = self._prefix_gso if octets > self._mss else self._prefix_plain
             checksum = (self._pseudo + length) % 0xFFFF or 0xFFFF
         else:
-            prefix = self.port.link.prefix(HEADERS + octets)
+            prefix = self.port.link.prefix(max(HEADERS + octets, MIN_FRAME))
             at = start + self.headroom + HEADERS
             total_sum = (
                 self._ack_sum - 20 + length
@@ -137,6 +143,12 @@ class FrameMaker:
             buffer, start, prefix, self._ethernet, total, _DF_TTL_TCP, ip_checksum, self._addresses,
             seq, ack, offset_flags, window, checksum, 0,
         )  # fmt: skip
+        end = HEADERS + octets
+        if end < self._shortest:
+            at = start + self.headroom
+            buffer[at + end : at + self._shortest] = bytes(self._shortest - end)
+            end = self._shortest
+        return self.headroom + end
 
     def template(self, payload_octets: int, ack: int, flags: int, window: int) -> tuple[bytes, int]:
         """The headers of one of many equal segments, sequence number and checksum zero, and the sum of all but both."""

@@ -142,7 +142,7 @@ class Oracle:
         vnet, frame = raw[: self.headroom], raw[self.headroom :]
         _need(len(vnet) == self.headroom, "headroom is missing")
         partial, gso = self._vnet(vnet, frame) if self.headroom else (False, 0)
-        _need(len(frame) >= (42), "frame below 60 octets", len(frame))
+        _need(len(frame) >= (42 if self.headroom else 60), "frame below 60 octets", len(frame))
         limit = 14 + (self.tso + 120 if gso else self.mtu)
         _need(len(frame) <= limit, "frame longer than the link takes", len(frame), limit)
         destination, source, kind = frame[:6], frame[6:12], frame[12:14]
