@@ -73,7 +73,7 @@ class Stack:
         self.events = events if events is not None else EventBus()
         self.counters = Counters()
         rng = rng if rng is not None else random.SystemRandom()
-        self.io = io if io is not None else native_io()
+        self.io = io if io is not None else native_io(network.limits.descriptor_reserve)
         self.switch = Switch(self.counters, make_plain)
         self.neighbours = Neighbours(network.limits.max_neighbours, self.counters.drops)
         self.leases = leases if leases is not None else Leases(network)
@@ -278,6 +278,9 @@ class Stack:
             for port in self.switch.ports:
                 if port.congested:
                     self.io.want_write(port.link.fileno(), True)
+        deadline = self.tcp.deadline()
+        if deadline is not None and now >= deadline:
+            self.tcp.expire(now)
         deadline = self.udp.deadline()
         if deadline is not None and now >= deadline:
             self.udp.expire(now)
@@ -318,6 +321,7 @@ class Stack:
         found += [
             when
             for when in (
+                self.tcp.deadline(),
                 self.udp.deadline(),
                 self.icmp.deadline(),
                 self.reassembler.deadline(),

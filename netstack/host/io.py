@@ -9,6 +9,7 @@ asyncio loop, which costs 30 % less CPU per connection than a reader per socket 
 
 from __future__ import annotations
 
+import errno
 import select
 import socket
 import sys
@@ -57,17 +58,36 @@ class HostIO(Protocol):
     def close(self) -> None: ...
 
 
+def highest_descriptor(reserve: int) -> int:
+    """The number from which on descriptors are kept for listeners, DNS and control; at most a quarter is kept."""
+    try:
+        import resource
+    except ImportError:
+        return 1 << 30
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 1 << 30 if soft == resource.RLIM_INFINITY else soft - min(reserve, soft // 4)
+
+
+def _within(sock: socket.socket, highest: int) -> socket.socket:
+    """Numbers are given out lowest first, so a high one means that few are left."""
+    if sock.fileno() >= highest:
+        sock.close()
+        raise OSError(errno.EMFILE, "descriptors are reserved for listeners and control")
+    return sock
+
+
 class EpollIO:
-    """`HostIO` of Linux. HOT PATH: `poll` once per turn."""
+    """`HostIO` of Linux; guests may not use the last `reserve` descriptors. HOT PATH: `poll` once per turn."""
 
     BATCH: Final = 64
 
-    def __init__(self) -> None:
+    def __init__(self, reserve: int = 0) -> None:
         self._epoll = select.epoll()
         self._ready: dict[int, Ready] = {}
+        self._highest = highest_descriptor(reserve)
 
     def socket(self, family: int, kind: int, protocol: int = 0) -> socket.socket:
-        return socket.socket(family, kind | socket.SOCK_NONBLOCK, protocol)
+        return _within(socket.socket(family, kind | socket.SOCK_NONBLOCK, protocol), self._highest)
 
     def watch(self, fd: int, ready: Ready, *, edge: bool = True) -> None:
         mask = READ | WRITE | READ_CLOSED | _EDGE if edge else READ
@@ -99,14 +119,15 @@ class KqueueIO:
 
     BATCH: Final = 64
 
-    def __init__(self) -> None:
+    def __init__(self, reserve: int = 0) -> None:
+        self._highest = highest_descriptor(reserve)
         self._kqueue: Any = select.kqueue()  # type: ignore[attr-defined,unused-ignore]  # absent on Linux
         self._ready: dict[int, Ready] = {}
 
     def socket(self, family: int, kind: int, protocol: int = 0) -> socket.socket:
         sock = socket.socket(family, kind, protocol)
         sock.setblocking(False)
-        return sock
+        return _within(sock, self._highest)
 
     def _change(self, fd: int, kind: int, flags: int) -> None:
         if sys.platform != "linux":
@@ -150,6 +171,6 @@ class KqueueIO:
         self._ready.clear()
 
 
-def native_io() -> HostIO:
-    """The `HostIO` of this operating system."""
-    return EpollIO() if hasattr(select, "epoll") else KqueueIO()
+def native_io(reserve: int = 0) -> HostIO:
+    """The `HostIO` of this operating system; `reserve` descriptors are kept from guests."""
+    return EpollIO(reserve) if hasattr(select, "epoll") else KqueueIO(reserve)
