@@ -12,11 +12,12 @@ import stat
 import struct
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 
 from netstack.api import Link
 from netstack.errors import ConfigError, LinkDown
@@ -117,8 +118,14 @@ def network() -> Network:
     return Network()
 
 
+@pytest.fixture(scope="module")
+def libuv_is_warm() -> None:
+    """libuv keeps two descriptors of the process from its first loop on."""
+    uvloop.new_event_loop().close()
+
+
 @pytest.fixture(autouse=True)
-def no_descriptor_is_left() -> Iterator[None]:
+def no_descriptor_is_left(libuv_is_warm: None) -> Iterator[None]:
     """A2: whatever happened, everything that was opened is closed."""
     before = set(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else set()
     yield
@@ -656,3 +663,21 @@ async def test_links_can_be_wrapped_and_are_known_by_what_is_inside(network: Net
         assert attachments.links == []
     writer.close()
     assert writer.frames == 1
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        test_a_guest_connects_goes_and_comes_back,
+        test_several_guests_share_one_socket,
+        test_a_vmnet_client_gets_interface_and_frames,
+        test_a_hundred_half_handshakes_keep_nobody_out,
+        test_a_datagram_guest_comes_goes_and_comes_back,
+        test_a_dialled_peer_may_come_late_and_come_back,
+        test_leaving_ends_every_kind_at_any_stage,
+    ],
+)
+def test_the_same_holds_in_uvloop(scenario: Callable[..., Coroutine[Any, Any, None]], tmp_path: Path) -> None:
+    """The daemon's loop, where the others run in asyncio's own."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(scenario(Network(), tmp_path))
