@@ -73,7 +73,8 @@ class Settings:
     log_level: str = "info"
     """How much is said on standard error: error, warning, info or debug (each flow)."""
     user: str | None = None
-    """When started as root: become this user once links and ports are open."""
+    """When started as root: become this user once the published ports are bound; links, state and capture are then opened as
+    that user."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

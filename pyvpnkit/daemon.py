@@ -1,6 +1,6 @@
 """`pyvpnkit run`: a service with signals, readiness, files and a log.
 
-start:   limits, log, pid file, state directory -> the service (ports, links) -> another user -> ready
+start:   limits, log, pid file, published ports -> another user -> state directory, capture, links -> ready
 HUP:     settings again; a mistake in them changes nothing
 USR1:    a summary on standard error
 TERM:    stop accepting -> wait for flows, at most `grace_s` -> reset the rest -> sockets and files removed -> exit 0
@@ -47,8 +47,7 @@ def main(settings: Settings, *, ready_fd: int | None = None, reload: Reload | No
     with contextlib.ExitStack() as files:
         if settings.pid_file is not None:
             files.callback(process.PidFile(settings.pid_file).close)
-        lease_file = files.enter_context(_lease_file(settings))
-        return run(lambda: _serve(settings, lease_file, ready_fd, reload))
+        return run(lambda: _serve(settings, ready_fd, reload))
 
 
 def run(main: Callable[[], Any]) -> int:
@@ -102,39 +101,43 @@ def _lease_file(settings: Settings) -> Iterator[Path | None]:
         directory.close()
 
 
-async def _serve(settings: Settings, lease_file: Path | None, ready_fd: int | None, reload: Reload | None) -> int:
+async def _serve(settings: Settings, ready_fd: int | None, reload: Reload | None) -> int:
     loop = asyncio.get_running_loop()
     began = time.monotonic()
     stop = _Stop()
-    service = Service(settings, lease_file=lease_file)
+    service = Service(settings)
     loop.set_exception_handler(lambda _loop, context: _uncaught(service, context))
-    async with service:
-        with _signals(
-            loop,
-            {
-                signal.SIGTERM: stop.asked,
-                signal.SIGINT: stop.asked,
-                signal.SIGHUP: lambda: reload_settings(service, reload),
-                signal.SIGUSR1: lambda: print_status(service, time.monotonic() - began),
-            },
-        ):
-            if settings.user is not None:
-                process.become(settings.user)
-            process.settle_memory()
-            log.info("ready")
-            process.notify("READY=1", f"MAINPID={os.getpid()}")
-            if ready_fd is not None:
-                process.say_ready(ready_fd)
-            await _first(stop.once.wait(), service.attachments.over.wait())
-            process.notify("STOPPING=1")
-            if not stop.once.is_set():
-                log.info("the last link has ended and none can come any more")
-            else:
-                grace_s = service.settings.network.timeouts.grace_s
-                log.info("stopping; flows have %g s to finish", grace_s)
-                await _first(service.drain(grace_s), stop.twice.wait())
+    service.publish()
+    if settings.user is not None:
+        process.become(settings.user)
+    handlers = {
+        signal.SIGTERM: stop.asked,
+        signal.SIGINT: stop.asked,
+        signal.SIGHUP: lambda: reload_settings(service, reload),
+        signal.SIGUSR1: lambda: print_status(service, time.monotonic() - began),
+    }
+    with _lease_file(settings) as service.lease_file:
+        async with service:
+            with _signals(loop, handlers):
+                await _until_stopped(service, stop, ready_fd)
     log.info("stopped")
     return 0
+
+
+async def _until_stopped(service: Service, stop: _Stop, ready_fd: int | None) -> None:
+    process.settle_memory()
+    log.info("ready")
+    process.notify("READY=1", f"MAINPID={os.getpid()}")
+    if ready_fd is not None:
+        process.say_ready(ready_fd)
+    await _first(stop.once.wait(), service.attachments.over.wait())
+    process.notify("STOPPING=1")
+    if not stop.once.is_set():
+        log.info("the last link has ended and none can come any more")
+        return
+    grace_s = service.settings.network.timeouts.grace_s
+    log.info("stopping; flows have %g s to finish", grace_s)
+    await _first(service.drain(grace_s), stop.twice.wait())
 
 
 class _Stop:
@@ -218,8 +221,26 @@ def _shown(name: str, value: Any, depth: int) -> Iterator[str]:
                     yield from _shown(str(key), one, depth + 1)
         case list() | tuple():
             yield f"{indent}{name}: {len(value) or '-'}"
-            yield from (f"{indent}  {one}" for one in value[:MAX_LISTED])
+            yield from (f"{indent}  {_line(one)}" for one in value[:MAX_LISTED])
             if len(value) > MAX_LISTED:
                 yield f"{indent}  and {len(value) - MAX_LISTED} more"
         case _:
             yield f"{indent}{name}: {value}"
+
+
+def _line(one: Any) -> str:
+    """One entry of a list: the values of a mapping, those that are mere numbers or switches with their names."""
+    if not isinstance(one, Mapping):
+        return str(one)
+    words = []
+    for key, value in one.items():
+        match value:
+            case bool():
+                words += [key] if value else []
+            case int() | float():
+                words.append(f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={value}")
+            case None | "":
+                pass
+            case _:
+                words.append(str(value))
+    return " ".join(words)

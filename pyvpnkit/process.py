@@ -152,8 +152,12 @@ def say_ready(fd: int) -> None:
 
 def become(user: str) -> None:
     """Give up root for `user`, for good. Raises `ConfigError` when that cannot be done."""
+    import importlib
     import pwd
 
+    for late in ("concurrent.futures.thread", "encodings.idna"):
+        # What is imported late must be there already: the user may not be able to read where we are installed.
+        importlib.import_module(late)
     try:
         entry = pwd.getpwnam(user)
     except KeyError:

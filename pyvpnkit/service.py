@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -64,25 +65,22 @@ _WORTH_KNOWING: Final = (LeaseGiven, LeaseReleased, ForwardAdded, ForwardRemoved
 class Service:
     """A running network. Raises `ConfigError` or `HostError` on entering when a link or a port cannot be had."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        *,
-        lease_file: Path | None = None,
-        clock: Clock = time.monotonic,
-        events: EventBus | None = None,
-    ) -> None:
+    def __init__(self, settings: Settings, *, clock: Clock = time.monotonic, events: EventBus | None = None) -> None:
         self.settings = settings
         self.events = events if events is not None else EventBus()
         self.stack = Stack(settings.network, clock=clock, events=self.events)
         self.registry = Registry(self.default_guest, events=self.events, clock=clock)
         self._clock = clock
-        self._store = Store(lease_file) if lease_file is not None else None
+        self.lease_file: Path | None = None
+        """Where leases are kept; set it before entering."""
+        self._store: Store | None = None
         self._dns = self._new_dns(settings)
         self._ntp = NtpServer()
         self._capture: PcapWriter | None = None
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._draining = False
+        self._published = False
+        self._unsubscribe = self.listen()
         self._resources = contextlib.AsyncExitStack()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._driver: Driver | None = None
@@ -107,15 +105,14 @@ class Service:
         self._loop = asyncio.get_running_loop()
         settings = self.settings
         async with contextlib.AsyncExitStack() as undo:
-            undo.callback(self.events.subscribe(self._event, flows=False))
-            self.listen()
+            undo.callback(self._unsubscribe)
             undo.callback(self.registry.close)
-            for spec in settings.publish:
-                self.registry.add(spec)
+            self.publish()
             if settings.capture.file is not None:
                 self._capture = self._open_capture(settings)
                 undo.callback(self._capture.close)
-            if self._store is not None:
+            if self.lease_file is not None:
+                self._store = Store(self.lease_file)
                 self._store.load(self.stack.leases, now=self._clock(), now_wall=time.time())
                 undo.callback(self._save)
             undo.callback(self._cancel_timers)
@@ -130,6 +127,18 @@ class Service:
         if self._capture is not None:
             self._again("flush", FLUSH_S, self._flush)
         return self
+
+    def publish(self) -> None:
+        """Bind the published ports, if that was not done before: it may need a privilege that the rest does not."""
+        if self._published:
+            return
+        self._published = True
+        for spec in self.settings.publish:
+            try:
+                self.registry.add(spec)
+            except BaseException:
+                self.registry.close()
+                raise
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -237,9 +246,9 @@ class Service:
 
     # -- events and what they start
 
-    def listen(self) -> None:
+    def listen(self) -> Callable[[], None]:
         """Hear of single flows only while somebody reads of them, or waits for their end: each costs microseconds."""
-        self.events.subscribe(self._event, flows=self._draining or log.isEnabledFor(logging.DEBUG))
+        return self.events.subscribe(self._event, flows=self._draining or log.isEnabledFor(logging.DEBUG))
 
     def _event(self, event: Event) -> None:
         if isinstance(event, FLOW_EVENTS):
@@ -315,7 +324,7 @@ class Service:
         return {
             **self.stack.status(),
             "published": [str(forward) for forward in self.registry],
-            "flows": [str(flow) for flow in self.stack.flows()],
+            "flows": [dataclasses.asdict(flow) for flow in self.stack.flows()],
             "capture": "off"
             if self._capture is None
             else f"{self._capture.path}: {self._capture.frames} frames, {self._capture.stopped or 'running'}",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import pwd
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -364,3 +366,23 @@ def test_the_daemon_loads_nothing_heavy_before_it_is_ready(running: Daemon) -> N
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
     )
     assert run.stdout.split() == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="expected: only root can become somebody else")
+def test_root_binds_the_ports_and_somebody_else_does_the_rest() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        directory.chmod(0o777)
+        with daemon(directory, "-p", "0:80", "--user", "nobody", "--capture", f"{name}/x.pcapng") as made:
+            nobody = pwd.getpwnam("nobody")
+            if sys.platform == "linux":
+                status = Path(f"/proc/{made.process.pid}/status").read_text()
+                assert f"Uid:\t{nobody.pw_uid}\t{nobody.pw_uid}\t{nobody.pw_uid}\t{nobody.pw_uid}" in status
+            for path in (made.link, f"{name}/x.pcapng"):
+                assert os.stat(path).st_uid == nobody.pw_uid
+            assert "ForwardAdded" in made.said()
+            guest = StreamGuest(made.link)
+            guest.lease()
+            guest.close()
+            assert made.stop() == 0
+        assert not os.path.exists(made.link)
