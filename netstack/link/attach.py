@@ -229,7 +229,8 @@ class Attachments:
         """The stack has let go of a link, with or without wrappers; harmless when repeated."""
         attached = self._attached.pop(id(bare(link)), None)
         if attached is not None:
-            log.info("%s", reason if reason.startswith(link.name) else f"{link.name}: {reason}")
+            reason = reason.removeprefix(f"{link.name}: ")
+            log.info("%s: %s", link.name, reason)
             self._close(attached)
             self._events.emit(LinkLost(time=self._clock(), link=link.name, reason=reason))
 
