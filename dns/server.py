@@ -12,7 +12,7 @@ import asyncio
 import struct
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from dns import codec, hosts, records, system
@@ -78,6 +78,7 @@ class Server:
         self._hosts = hosts.watch(hosts_path, clock)
         self._system = system.watch(None if upstreams else resolv_conf, clock)
         configured = system.Resolvers.of(upstreams)
+        self._resolvers: Callable[[], system.Resolvers] = (lambda: configured) if upstreams else self._system.current
         self._sources: tuple[Source, ...] = (
             records.built_in(names or {}),
             records.leases(domain, lease_address, lease_name),
@@ -85,7 +86,7 @@ class Server:
         )
         self._counters: Counter[str] = Counter()
         self._forwarder = Forwarder(
-            (lambda: configured) if upstreams else self._system.current,
+            self._resolvers,
             self._counters,
             clock=clock,
             max_in_flight=max_in_flight,
@@ -99,6 +100,11 @@ class Server:
         """What was asked and what became of it, by name; `in_flight` relayed queries and `open_streams` are of this moment."""
         now = {"in_flight": self._forwarder.in_flight, "open_streams": len(self._streams)}
         return {name: self._counters[name] for name in _COUNTERS} | now
+
+    @property
+    def resolvers(self) -> system.Resolvers:
+        """Whom a query of this moment would be relayed to, and the host's search domains."""
+        return self._resolvers()
 
     def network_changed(self) -> None:
         """Look at the host's files again with the next query, and trust each resolver anew."""

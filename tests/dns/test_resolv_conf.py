@@ -146,4 +146,5 @@ async def test_configured_servers_are_asked_instead_of_the_hosts(tmp_path: Path)
         server = Server(hosts_path=None, resolv_conf=str(path), upstreams=[chosen.spec])
         assert [str(rr.rdata) for rr in parse(await ask(server, query("a.example"))).rr] == ["10.0.0.1"]
         assert hosts.asked == []
+        assert [f"127.0.0.1#{known.port}" for known in server.resolvers.servers] == [chosen.spec]
         server.close()
