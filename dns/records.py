@@ -38,6 +38,13 @@ def pointer(name: bytes, qtype: int) -> list[Record]:
     return [Record(PTR, TTL_S, name)] if qtype in (PTR, ANY) else []
 
 
+def _configured(text: str) -> bytes:
+    try:
+        return codec.wire_name(text)
+    except Malformed as error:
+        raise ConfigError(f"name {text!r} cannot be answered ({error}); write one such as host.internal") from None
+
+
 def built_in(names: Mapping[str, Sequence[bytes]]) -> Source:
     """The source of fixed names. The first name of an address is what its PTR record says.
 
@@ -46,10 +53,7 @@ def built_in(names: Mapping[str, Sequence[bytes]]) -> Source:
     forward: dict[bytes, list[bytes]] = {}
     reverse: dict[bytes, bytes] = {}
     for text, found in names.items():
-        try:
-            wire = codec.wire_name(text)
-        except Malformed as error:
-            raise ConfigError(f"name {text!r} cannot be answered ({error}); write one such as host.internal") from None
+        wire = _configured(text)
         forward.setdefault(wire, []).extend(found)
         for address in found:
             reverse.setdefault(reverse_name(address), wire)
@@ -65,8 +69,11 @@ def built_in(names: Mapping[str, Sequence[bytes]]) -> Source:
 
 
 def leases(domain: str | None, address_of: LeaseAddress | None, name_of: LeaseName | None) -> Source:
-    """The source of `NAME.domain` for the host names that DHCP clients gave, and of PTR records for their addresses."""
-    suffix = codec.wire_name(domain) if domain else b"\0"
+    """The source of `NAME.domain` for the host names that DHCP clients gave, and of PTR records for their addresses.
+
+    Raises `ConfigError` for a domain that cannot be one.
+    """
+    suffix = _configured(domain or ".")
 
     def find(key: bytes, qtype: int) -> Sequence[Record] | None:
         label_end = 1 + key[0]

@@ -108,6 +108,8 @@ def test_another_class_is_not_ours() -> None:
 def test_a_built_in_name_that_cannot_be_is_refused_in_words(name: str) -> None:
     with pytest.raises(ConfigError, match=r"host\.internal"):
         Server(names={name: [ALIAS]})
+    with pytest.raises(ConfigError, match=r"host\.internal"):
+        Server(domain=name)
 
 
 # The hosts file

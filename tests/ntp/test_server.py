@@ -174,7 +174,7 @@ async def test_chrony_takes_the_time(tmp_path: Path, offset_s: float, version: i
         assert server.counters["answered"] >= 1
 
 
-@pytest.mark.skipif(shutil.which("ntpdig") is None, reason="ntpsec-ntpdig is not installed")
+@pytest.mark.skipif(shutil.which("ntpdig") is None, reason="expected: ntpsec-ntpdig is not installed")
 async def test_ntpdig_takes_the_time() -> None:  # P01
     async def measure() -> float:
         output = await run("ntpdig", "-t", "5", "127.0.0.123")
