@@ -79,3 +79,9 @@ def text(about: dict[str, Any]) -> str:
         f"{about['cpu']} x {about['cpus']}, kernel {about['kernel']}, load {about['load']:.1f}\n"
         f"{peers}"
     )
+
+
+def fingerprint() -> str:
+    """What two runs must have in common for their figures to be compared."""
+    cpu = _first(r"^model name\s*:\s*(.+)$", "/proc/cpuinfo")
+    return f"{cpu}; {platform.system()} {platform.machine()}; {sys.version.split()[0]} {platform.python_build()[1]}"

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from benchmarks import namespaces
 from benchmarks.build import SetupError, build
@@ -127,7 +128,7 @@ def _fresh(case: Case, kind: type[Guest], number: int, at: Conditions) -> Metric
         guest.stop()
 
 
-def load(path: Path) -> list[dict[str, object]]:
+def load(path: Path) -> list[dict[str, Any]]:
     """The records of a stored run: the `cases` of a document, or JSON lines."""
     text = path.read_text()
     try:
@@ -135,6 +136,6 @@ def load(path: Path) -> list[dict[str, object]]:
     except ValueError:
         return [json.loads(line) for line in text.splitlines() if line.strip()]
     if isinstance(document, dict) and "cases" in document:
-        found: list[dict[str, object]] = document["cases"]
+        found: list[dict[str, Any]] = document["cases"]
         return found
     return [document]
