@@ -116,7 +116,10 @@ class StateDirectory:
         if given := os.environ.get("STATE_DIRECTORY"):
             return Path(given.partition(":")[0])
         base = os.environ.get("XDG_STATE_HOME", "")
-        return Path(base if base.startswith("/") else Path("~/.local/state").expanduser()) / "pyvpnkit"
+        try:
+            return (Path(base) if base.startswith("/") else Path("~/.local/state").expanduser()) / "pyvpnkit"
+        except RuntimeError:
+            raise ConfigError("state_dir: this user has no home directory; give --state-dir DIR, or `off`") from None
 
     def close(self) -> None:
         if self._lock >= 0:

@@ -74,6 +74,7 @@ class Service:
         self.lease_file: Path | None = None
         """Where leases are kept; set it before entering."""
         self._store: Store | None = None
+        self._writing: asyncio.Future[bool] | None = None
         self._dns = self._new_dns(settings)
         self._ntp = NtpServer()
         self._capture: PcapWriter | None = None
@@ -114,7 +115,7 @@ class Service:
             if self.lease_file is not None:
                 self._store = Store(self.lease_file)
                 self._store.load(self.stack.leases, now=self._clock(), now_wall=time.time())
-                undo.callback(self._save)
+                undo.push_async_callback(self._save)
             undo.callback(self._cancel_timers)
             self._driver = Driver(self.stack, self._loop, clock=self._clock)
             self.stack.on_work = self._driver.wake
@@ -283,12 +284,18 @@ class Service:
         leases = self.stack.leases
         if self._store is None or not leases.dirty or self._loop is None:
             return
+        if self._writing is not None and not self._writing.done():
+            self._again("save", SAVE_AFTER_S, self._save_soon)
+            return
         document = leases.snapshot(now=self._clock(), now_wall=time.time())
         leases.dirty = False
         # Not in the loop: fsync may take a tenth of a second, and every guest would wait for it.
-        self._loop.run_in_executor(None, self._store.write, document)
+        self._writing = self._loop.run_in_executor(None, self._store.write, document)
 
-    def _save(self) -> None:
+    async def _save(self) -> None:
+        """The last time."""
+        if self._writing is not None:
+            await self._writing
         if self._store is not None and self.stack.leases.dirty:
             self._store.save(self.stack.leases, now=self._clock(), now_wall=time.time())
 

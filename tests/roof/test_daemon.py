@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
+import re
 import signal
 import socket
 import subprocess
@@ -169,13 +171,12 @@ class TestStopping:
             guest = StreamGuest(made.link)
             guest.lease()
             connections = [guest.connect(HOST, server.getsockname()[1]) for _ in range(20)]
-            log = made.wait_said("ForwardAdded")
-            published = int(log.partition("ForwardAdded forward=tcp:127.0.0.1:")[2].partition(":")[0])
+            port = published(made)
             began = time.monotonic()
             made.signal(signal.SIGTERM)
             made.wait_said("stopping")
             with pytest.raises(ConnectionRefusedError):
-                socket.create_connection(("127.0.0.1", published), timeout=1)
+                socket.create_connection(("127.0.0.1", port), timeout=1)
             last = connections[-1]
             assert last is not None and last.ended_by() == "RST"
             assert made.process.wait(5) == 0
@@ -269,21 +270,95 @@ def test_sigusr1_prints_what_goes_on(running: Daemon, server: socket.socket) -> 
     guest.close()
 
 
-def test_a_published_port_leads_into_the_guest(tmp_path: Path) -> None:
-    with daemon(tmp_path, "-p", "0:80") as made:
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+def published(made: Daemon, protocol: str = "tcp", bind: str = "127.0.0.1") -> int:
+    """The host port that the operating system chose for `-p 0:...`."""
+    found = re.search(rf"ForwardAdded forward={protocol}:{re.escape(bind)}:(\d+):", made.said())
+    assert found is not None, made.said()
+    return int(found[1])
+
+
+@pytest.mark.parametrize("bind", ["127.0.0.1", "[::1]"])
+def test_a_published_port_leads_into_the_guest(tmp_path: Path, bind: str) -> None:
+    """X01; the guest sees the gateway as the client (threats N7)."""
+    if bind == "[::1]" and not has_ipv6():
+        pytest.skip("expected: this host has no IPv6")
+    with daemon(tmp_path, "-p", f"{bind}:0:80") as made:
         guest = StreamGuest(made.link)
         guest.lease()
-        port = int(made.wait_said("ForwardAdded").partition("ForwardAdded forward=tcp:127.0.0.1:")[2].partition(":")[0])
-        with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+        with socket.create_connection((bind.strip("[]"), published(made, bind=bind)), timeout=10) as client:
             connection = guest.listen(80)
+            assert connection.remote == GATEWAY
             client.sendall(b"question")
             segment = next(segment for segment in connection.segments() if segment.payload)
             assert segment.payload == b"question"
             connection.ack = segment.end
             connection.send(packets.ACK | packets.PSH, b"answer")
-            client.settimeout(10)
             assert client.recv(100) == b"answer"
         guest.close()
+
+
+def test_a_published_port_that_is_closed_in_the_guest_resets_the_client(tmp_path: Path) -> None:
+    """X03."""
+    with daemon(tmp_path, "-p", "0:80") as made:
+        guest = StreamGuest(made.link)
+        guest.lease()
+        with socket.create_connection(("127.0.0.1", published(made)), timeout=10) as client:
+            segment = packets.read_tcp(next(guest.packets(packets.TCP)))
+            refusal = packets.tcp(
+                guest.address, segment.source, segment.dport, segment.sport, 0, segment.end, packets.RST | packets.ACK
+            )
+            guest.send_ip(segment.source, packets.TCP, refusal)
+            with pytest.raises(ConnectionResetError):
+                client.recv(100)
+        guest.close()
+
+
+def test_a_published_udp_port_answers_each_client(tmp_path: Path) -> None:
+    """X02."""
+    with daemon(tmp_path, "-p", "udp:0:53") as made:
+        guest = StreamGuest(made.link)
+        guest.lease()
+        port = published(made, "udp")
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) for _ in range(3)]
+            for number, client in enumerate(clients):
+                client.settimeout(10)
+                client.sendto(b"question %d" % number, ("127.0.0.1", port))
+            seen = []
+            for packet in guest.packets(packets.UDP):
+                sport, dport = int.from_bytes(packet.payload[:2], "big"), int.from_bytes(packet.payload[2:4], "big")
+                if dport == 53:
+                    seen.append((sport, packet.payload[8:]))
+                if len(seen) == 3:
+                    break
+            for sport, question in reversed(seen):
+                answer = packets.udp(guest.address, GATEWAY, 53, sport, question.replace(b"question", b"answer"))
+                guest.send_ip(GATEWAY, packets.UDP, answer)
+            for number, client in enumerate(clients):
+                assert client.recv(100) == b"answer %d" % number
+        guest.close()
+
+
+def test_a_capture_shows_a_quiet_network_within_a_second_or_two(tmp_path: Path) -> None:
+    path = tmp_path / "guest.pcapng"
+    with daemon(tmp_path, "--capture", str(path)) as made:
+        guest = StreamGuest(made.link)
+        guest.lease()
+        guest.send_ip(GATEWAY, packets.ICMP, packets.echo(7, 1, b"seen in the capture"))
+        next(guest.packets(packets.ICMP))
+        wait_until(lambda: path.read_bytes().count(b"seen in the capture") == 2, 5, lambda: "request and reply")
+        assert path.read_bytes()[:4] == b"\x0a\x0d\x0d\x0a"
+        guest.close()
+        assert made.stop() == 0
 
 
 def test_a_service_manager_is_told(tmp_path: Path) -> None:
