@@ -126,6 +126,12 @@ class Stack:
         port.on_down = self.detach
         port.on_blocked = self._blocked
         self.switch.ports.append(port)
+        self.io.watch(link.fileno(), self._ready_function(port), edge=False)
+        return port
+
+    def _ready_function(self, port: Port) -> Callable[[int], None]:
+        """What to call when the port's link is ready; links that find trains are asked for them."""
+        link = port.link
         receive: Callable[[], Any] = link.receive
         take: Callable[..., None] = self.interface.input
         if hasattr(link, "receive_trains"):
@@ -134,8 +140,7 @@ class Stack:
         def ready(mask: int) -> None:
             self._link_ready(port, mask, receive, take)
 
-        self.io.watch(link.fileno(), ready, edge=False)
-        return port
+        return ready
 
     def detach(self, port: Port, reason: str) -> None:
         """Let a link go (its peer is gone, or it is no longer wanted); its guests may come back elsewhere."""

@@ -9,8 +9,9 @@ narrow the window. When the host socket has something, `pump` reads it straight 
 States beside the connection's: CONNECTING (the host is being dialled, the guest's SYN waits), OPEN, and the end. The guest
 sees SYN-ACK only after the host connected, RST when it was refused.
 
-Acknowledgements: at once, unless the flow is a dialogue (requests answered soon after, `_DIALOGUE` times in a row); then an
-ACK waits up to `DELAYED_ACK_S` for the answer to carry it (RFC 1122 4.2.3.2). A waiting ACK that was not carried ends that.
+Acknowledgements: at once for whole segments. Less than one is taken for a request, and its ACK waits up to `DELAYED_ACK_S`
+for the answer to carry it (RFC 1122 4.2.3.2), which saves a frame per request. Once an ACK has waited in vain the flow is no
+dialogue: ACKs go at once until `_DIALOGUE` answers in a row would have carried them.
 
 Time-outs: the connection's, the delayed ACK, the dialling limit and, if asked for, idleness; one entry in the stack's heap.
 """
@@ -36,7 +37,7 @@ from netstack.wire.tcp import ACK, FIN, PSH, RST, SYN, Options, parse_options, s
 if TYPE_CHECKING:
     from netstack.host.tcp_proxy import TcpProxy
 
-DELAYED_ACK_S: Final = 0.02  # RFC 1122 4.2.3.2 allows 0.5; conformance T30 wants 40 ms at most
+DELAYED_ACK_S: Final = 0.004  # RFC 1122 4.2.3.2 allows 0.5 s; a guest with Nagle waits this long, once
 _DIALOGUE: Final = 3
 BURSTS: Final = 8
 """Super-frames (or bursts) a flow may send before the others have their turn."""
@@ -134,7 +135,7 @@ class TcpFlow:
         self._unacked = 0
         self._ack_at = 0.0
         self._connect_at = 0.0
-        self._dialogue = 0
+        self._dialogue = _DIALOGUE
         self._spoke = False
         self._shut_sent = False
         self._waiting = False

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, Final
 
 from netstack.api import Frame, Link
@@ -21,6 +21,8 @@ from netstack.observe.metrics import Counters, Drop
 
 BACKLOG_OCTETS: Final = 4 << 20
 """Frames that wait for a link's peer to read, per port."""
+_DRAIN: Final = 256
+"""Waiting frames offered to a link at once."""
 MAC_LIMIT: Final = 256
 MACS_PER_PORT: Final = 64
 
@@ -141,7 +143,7 @@ class Port:
             if not self.link.flush():
                 return False
             while self._backlog:
-                batch: list[Frame] = [(frame,) for frame in self._backlog]
+                batch: list[Frame] = [(frame,) for frame in islice(self._backlog, _DRAIN)]
                 taken = self.link.send(batch)
                 for _ in range(taken):
                     self._backlog_octets -= len(self._backlog.popleft())
