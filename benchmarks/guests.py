@@ -36,6 +36,8 @@ class Guest(ABC):
     resolver: str
     """Where the guest asks for names; the answers come from the run's own server on the host."""
     offers_dhcp = False
+    interface = "eth0"
+    """Of the guest."""
 
     def __init__(self, host: HostNamespace, directory: Path, label: str) -> None:
         self.host = host
@@ -80,7 +82,7 @@ class Guest(ABC):
 
     def dhcp_client(self, seconds: float) -> list[str]:
         """The command line that prints when the first DHCP offer came; started before `launch`."""
-        return self.inside(str(build("netload")), "dhcp-tap", str(seconds))
+        return self.inside(str(build("netload")), "dhcp-tap", self.interface, str(seconds))
 
     def spawn(self, *command: str, cwd: Path | None = None) -> subprocess.Popen[str]:
         with self.log.open("a") as log:
@@ -178,11 +180,22 @@ class Pasta(Guest):
         forwards = ["-t", "none", "-u", "none", "-T", "none", "-U", "none"]
         configure = [] if bare else ["--config-net"]
         self.run_backend(
-            "pasta", "-4", "-f", "-q", "--runas", "0", *configure, *forwards, "-I", "eth0", "--netns", self.guest.path
+            "pasta",
+            "-4",
+            "-f",
+            "-q",
+            "--runas",
+            "0",
+            *configure,
+            *forwards,
+            "-I",
+            self.interface,
+            "--netns",
+            self.guest.path,
         )
 
     def attach(self) -> None:
-        self.wait_for("eth0", lambda: "default" in self.guest.ip("route", "show"))
+        self.wait_for(self.interface, lambda: "default" in self.guest.ip("route", "show"))
 
 
 class Slirp4netns(Guest):
@@ -192,6 +205,7 @@ class Slirp4netns(Guest):
     server = "10.0.2.2"
     resolver = "10.0.2.3"
     offers_dhcp = True
+    interface = "tap0"
     mtu = 1500
 
     @classmethod
@@ -201,10 +215,10 @@ class Slirp4netns(Guest):
     def launch(self, *, bare: bool = False) -> None:
         configure = [] if bare else ["--configure"]
         mtu = f"--mtu={self.mtu}"
-        self.run_backend("slirp4netns", *configure, mtu, "--netns-type=path", self.guest.path, "tap0")
+        self.run_backend("slirp4netns", *configure, mtu, "--netns-type=path", self.guest.path, self.interface)
 
     def attach(self) -> None:
-        self.wait_for("tap0", lambda: "default" in self.guest.ip("route", "show"))
+        self.wait_for(self.interface, lambda: "default" in self.guest.ip("route", "show"))
 
 
 class Slirp4netnsJumbo(Slirp4netns):
@@ -227,9 +241,9 @@ class Bridged(Guest):
 
     def attach(self) -> None:
         self.wait_for("the socket", self.socket.exists)
-        bridge = self.spawn(*self.inside(str(build("framebridge")), "eth0", str(self.mtu), str(self.socket)))
-        self.wait_for("eth0", lambda: self.guest.interface() or bridge.poll() is not None)
-        self.guest.configure("eth0", self.address, self.gateway)
+        bridge = self.spawn(*self.inside(str(build("framebridge")), self.interface, str(self.mtu), str(self.socket)))
+        self.wait_for(self.interface, lambda: self.guest.has(self.interface) or bridge.poll() is not None)
+        self.guest.configure(self.interface, self.address, self.gateway)
 
     def dhcp_client(self, seconds: float) -> list[str]:
         return [str(build("netload")), "dhcp-qemu", str(self.socket), str(seconds)]
@@ -262,10 +276,8 @@ class PyvpnkitTap(_Pyvpnkit, Guest):
         self.run_backend(*self.command(f"{self.scheme}:netns={self.guest.name}"), cwd=ROOT)
 
     def attach(self) -> None:
-        self.wait_for("the interface", self.guest.interface)
-        interface = self.guest.interface()
-        assert interface is not None
-        self.guest.configure(interface, self.address, self.gateway)
+        self.wait_for(self.interface, lambda: self.guest.has(self.interface))
+        self.guest.configure(self.interface, self.address, self.gateway)
 
 
 class PyvpnkitPacket(PyvpnkitTap):

@@ -67,13 +67,9 @@ class Namespace:
     def ip(self, *arguments: str) -> str:
         return run("ip", "-n", self.name, *arguments)
 
-    def interface(self) -> str | None:
-        """The first interface that is not loopback."""
-        for line in self.ip("-o", "link", "show").splitlines():
-            name = line.split(":")[1].strip().partition("@")[0]
-            if name != "lo":
-                return name
-        return None
+    def has(self, interface: str) -> bool:
+        """Whether the interface exists."""
+        return f" {interface}:" in self.ip("-o", "link", "show").replace("@", ": @")
 
     def configure(self, interface: str, address: str, gateway: str, mtu: int | None = None) -> None:
         """Address, MTU and default route by hand, as a DHCP client would set them."""

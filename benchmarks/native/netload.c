@@ -10,7 +10,7 @@
  *   netload udp-up ADDRESS PORT SIZE RATE SECONDS    datagrams to the peer; RATE 0 is as fast as they go
  *   netload udp-down ADDRESS PORT SIZE RATE SECONDS  datagrams from the peer
  *   netload dns ADDRESS PORT ZONE WINDOW SECONDS     queries with WINDOW outstanding, each answer checked by its id
- *   netload dhcp-tap SECONDS                         first interface of this namespace: DISCOVER until an OFFER comes
+ *   netload dhcp-tap INTERFACE SECONDS               waits for the interface, then DISCOVER until an OFFER comes
  *   netload dhcp-qemu PATH SECONDS                   the same over a stream with 4-octet big-endian lengths
  *
  * What a TCP connection is for is told by its first octet: 'r' is echoed, 'c' is echoed and the connection closed.
@@ -726,28 +726,25 @@ static int offered(void)
 
 static int dhcp_tap(char **args)
 {
-	uint64_t end = clock_ns() + in_seconds(args[0]);
+	uint64_t end = clock_ns() + in_seconds(args[1]);
 	uint8_t frame[2048], request[512];
 	size_t length = discover(request);
 	int fd = -1;
 	while (clock_ns() < end) {
 		if (fd < 0) {
-			struct if_nameindex *all = if_nameindex(), *one = all;
-			while (one && one->if_index && !strcmp(one->if_name, "lo"))
-				one++;
-			if (one && one->if_index) {
-				struct ifreq request_up = { .ifr_flags = IFF_UP };
-				strncpy(request_up.ifr_name, one->if_name, IFNAMSIZ - 1);
-				struct sockaddr_ll at = { .sll_family = AF_PACKET, .sll_protocol = htons(ETH_P_IP),
-							  .sll_ifindex = (int)one->if_index };
+			struct ifreq up = { .ifr_flags = IFF_UP };
+			strncpy(up.ifr_name, args[0], IFNAMSIZ - 1);
+			struct sockaddr_ll at = { .sll_family = AF_PACKET, .sll_protocol = htons(ETH_P_IP),
+						  .sll_ifindex = (int)if_nametoindex(args[0]) };
+			if (at.sll_ifindex) {
 				fd = socket(AF_PACKET, SOCK_RAW, htons(ETH_P_IP));
-				if (fd < 0 || ioctl(fd, SIOCSIFFLAGS, &request_up) < 0 || bind(fd, (struct sockaddr *)&at, sizeof at) < 0) {
-					if (fd >= 0)
-						close(fd);
+				if (fd < 0)
+					fail("AF_PACKET");
+				if (ioctl(fd, SIOCSIFFLAGS, &up) < 0 || bind(fd, (struct sockaddr *)&at, sizeof at) < 0) {
+					close(fd);
 					fd = -1;
 				}
 			}
-			if_freenameindex(all);
 			if (fd < 0) {
 				pause_ns(1000000);
 				continue;
@@ -814,7 +811,7 @@ static const struct {
 } commands[] = {
 	{ "serve", 2, serve },       { "dns-serve", 2, dns_serve }, { "probe", 3, probe },       { "rr", 4, rr },
 	{ "crr", 4, crr },           { "idle", 4, idle },           { "udp-up", 5, udp_up },     { "udp-down", 5, udp_down },
-	{ "dns", 5, dns },           { "dhcp-tap", 1, dhcp_tap },   { "dhcp-qemu", 2, dhcp_qemu },
+	{ "dns", 5, dns },           { "dhcp-tap", 2, dhcp_tap },   { "dhcp-qemu", 2, dhcp_qemu },
 };
 
 int main(int argc, char **argv)

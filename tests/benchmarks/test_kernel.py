@@ -65,7 +65,7 @@ def test_the_bridge_carries_frames_both_ways_behind_their_length(
         try:
             peer, _ = server.accept()
             peer.settimeout(10)
-            while guest.interface() is None:
+            while not guest.has("eth0"):
                 assert bridge.poll() is None
             guest.configure("eth0", "192.0.2.3/24", "192.0.2.1")
             guest.ip("neighbour", "add", "192.0.2.1", "lladdr", "02:00:00:00:00:01", "dev", "eth0")
