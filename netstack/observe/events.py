@@ -24,8 +24,11 @@ class Event:
         return type(self).__name__
 
     def __str__(self) -> str:
-        fields = " ".join(f"{key}={value!r}" if isinstance(value, str) and not value.isprintable() else f"{key}={value}"
-                          for key, value in asdict(self).items() if key != "time")
+        fields = " ".join(
+            f"{key}={value!r}" if isinstance(value, str) and not value.isprintable() else f"{key}={value}"
+            for key, value in asdict(self).items()
+            if key != "time"
+        )
         return f"{self.name} {fields}"
 
 

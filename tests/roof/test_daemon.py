@@ -461,3 +461,16 @@ def test_root_binds_the_ports_and_somebody_else_does_the_rest() -> None:
             guest.close()
             assert made.stop() == 0
         assert not os.path.exists(made.link)
+
+
+def test_it_runs_where_there_is_no_uvloop(tmp_path: Path) -> None:
+    (tmp_path / "uvloop.py").write_text("raise ImportError('not here')\n")
+    with daemon(tmp_path, "-p", "0:80", environment={"PYTHONPATH": str(tmp_path)}) as made:
+        guest = StreamGuest(made.link)
+        guest.lease()
+        with socket.create_connection(("127.0.0.1", published(made)), timeout=10) as client:
+            connection = guest.listen(80)
+            connection.send(packets.ACK | packets.PSH, b"hello")
+            assert client.recv(100) == b"hello"
+        guest.close()
+        assert made.stop() == 0
