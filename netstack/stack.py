@@ -249,6 +249,8 @@ class Stack:
             if not events and not tcp.ready:
                 break
             more = round_ == ROUNDS - 1
+        if tcp.unacknowledged:
+            tcp.acknowledge()
         timers = self._timers
         if timers and timers[0][0] <= now:
             self._run_timers(now)
@@ -259,7 +261,7 @@ class Stack:
             if port.queued:
                 port.push()
         self._in_turn = False
-        return more or bool(tcp.ready) or bool(tcp.dirty)
+        return more or bool(tcp.ready) or bool(tcp.dirty) or bool(tcp.unacknowledged)
 
     def _run_timers(self, now: float) -> None:
         timers = self._timers

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 DELAYED_ACK_S: Final = 0.004  # RFC 1122 4.2.3.2 allows 0.5 s; a guest with Nagle waits this long, once
 _DIALOGUE: Final = 3
+ACK_OCTETS: Final = 128 << 10
+"""Unacknowledged octets that are acknowledged before the turn is over; fewer wait for its end, and more may join them."""
 BURSTS: Final = 8
 """Super-frames (or bursts) a flow may send before the others have their turn."""
 _IOV_MAX: Final = 1000
@@ -303,8 +305,10 @@ class TcpFlow:
                     if not self._ack_at:
                         self._ack_at = proxy.now + DELAYED_ACK_S
                         self._arm(self._ack_at)
-                else:
+                elif self._unacked >= ACK_OCTETS:
                     conn.ack_now = True
+                else:
+                    proxy.unacknowledged.append(self)
         if conn.ack_now:
             self._send_ack(conn)
         if snd.rto_at:
@@ -799,6 +803,12 @@ class TcpFlow:
         if not self.dirty:
             self.dirty = True
             self._proxy.dirty.append(self)
+
+    def acknowledge(self) -> None:
+        """The turn is over: what came is acknowledged, unless a frame has carried it."""
+        conn = self.conn
+        if self._unacked and conn is not None and not self.end:
+            self._send_ack(conn)
 
     def probe(self) -> None:
         """Ask the guest whether it still knows the connection (RFC 1122 4.2.3.6): RST tells of a reboot."""

@@ -105,6 +105,8 @@ class TcpProxy:
         self.dirty: list[TcpFlow] = []
         self.ready: list[TcpFlow] = []
         """Flows that used their budget up and have more to send."""
+        self.unacknowledged: list[TcpFlow] = []
+        """Flows to acknowledge at the end of the turn; one may be in it more than once."""
         self.services: dict[tuple[bytes, int], Callable[[Any, Endpoint], None]] = {}
         """`(address, port)` -> function that takes its end of a socket pair and the guest's endpoint."""
         self.accepting = True
@@ -177,6 +179,12 @@ class TcpProxy:
                 conn = flow.conn
                 if conn is not None and conn.snd.rto_at and not flow.end:
                     flow.rearm(conn.snd.rto_at)
+
+    def acknowledge(self) -> None:
+        """The turn is over."""
+        flows, self.unacknowledged = self.unacknowledged, []
+        for flow in flows:
+            flow.acknowledge()
 
     # From the guest, the general way.
 
