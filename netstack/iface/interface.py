@@ -77,6 +77,7 @@ class Packet:
         "data",
         "destination",
         "dont_fragment",
+        "for_many",
         "neighbour",
         "payload",
         "port",
@@ -94,6 +95,7 @@ class Packet:
         data: memoryview,
         neighbour: Neighbour | None,
         checksum_ok: bool,
+        for_many: bool = False,
     ) -> None:
         self.port = port
         self.source_mac = source_mac
@@ -107,6 +109,8 @@ class Packet:
         self.payload = data[header.header_length :]
         self.neighbour = neighbour
         """Whose source address this is; `None` only for DHCP from 0.0.0.0."""
+        self.for_many = for_many
+        """It came in a link-layer broadcast or multicast: no ICMP error may be sent about it (RFC 1122 3.2.2)."""
         self.checksum_ok = checksum_ok
         """The transport checksum need not be looked at: it came over a trusted kernel path that leaves it out."""
 
@@ -267,22 +271,22 @@ class Interface:
             self._drops[Drop.FRAME_SOURCE] += 1
             return
         if destination == self._mac:
-            self._local(port, frame, source, now)
+            self._local(port, frame, source, False, now)
         elif destination[0] & 1:
-            self._local(port, frame, source, now)
+            self._local(port, frame, source, True, now)
             if len(self._switch.ports) > 1:
                 self._switch.forward(port, frame, destination)
         else:
             self._switch.forward(port, frame, destination)
 
-    def _local(self, port: Port, frame: memoryview, source_mac: bytes, now: float) -> None:
+    def _local(self, port: Port, frame: memoryview, source_mac: bytes, for_many: bool, now: float) -> None:
         headroom = port.headroom
         ethertype = frame[headroom + 12] << 8 | frame[headroom + 13]
         body = frame[headroom + 14 :]
         if ethertype == ethernet.ETHERTYPE_IPV4:
             trusted = port.partial and bool(frame[0] & 3)
             try:
-                self._ipv4(port, source_mac, body, trusted, now)
+                self._ipv4(port, source_mac, body, trusted, for_many, now)
             except BadChecksum:
                 self._drops[Drop.IPV4_CHECKSUM] += 1
             except SourceRouted:
@@ -321,7 +325,9 @@ class Interface:
             return False
         return not self._strict or self._leased(source)
 
-    def _ipv4(self, port: Port, source_mac: bytes, body: memoryview, trusted: bool, now: float) -> None:
+    def _ipv4(
+        self, port: Port, source_mac: bytes, body: memoryview, trusted: bool, for_many: bool, now: float
+    ) -> None:
         header = ipv4.parse(body)
         data = body[: header.total_length]
         source, destination = header.source, header.destination
@@ -345,7 +351,7 @@ class Interface:
             header = ipv4.parse(data)
             # The kernel fills checksums in before it fragments.
             trusted = False
-        packet = Packet(port, source_mac, header, data, neighbour, trusted)
+        packet = Packet(port, source_mac, header, data, neighbour, trusted, for_many)
         if header.protocol == _UDP and len(packet.payload) >= 8 and bytes(packet.payload[2:4]) == b"\0C":
             if destination == _LIMITED_BROADCAST or destination in self._own or destination in self._broadcasts:
                 self._dhcp(packet, now)

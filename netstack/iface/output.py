@@ -102,7 +102,7 @@ class Output:
         self, kind: int, code: int, packet: Packet, *, now: float, source: bytes | None = None, mtu: int = 0
     ) -> None:
         """An ICMP error about a guest's packet, within the rules of RFC 1122 3.2.2 and the rate limit."""
-        if packet.neighbour is not None:
+        if packet.neighbour is not None and not packet.for_many:
             self.icmp_quoting(kind, code, packet.data, packet.neighbour, now=now, source=source, mtu=mtu)
 
     def icmp_quoting(
