@@ -763,6 +763,7 @@ class TcpFlow:
         if conn is not None:
             timeouts = self._proxy.timeouts
             if self._ack_at and now >= self._ack_at:
+                self._ack_at = 0.0  # also when no link is left to say it on: a time that stays past is asked for for ever
                 self._dialogue = 0
                 conn.ack_now = True
             resend_due = conn.snd.rto_at and now >= conn.snd.rto_at

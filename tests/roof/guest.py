@@ -124,6 +124,9 @@ class StreamGuest:
                 connection = Connection(self, segment.source, segment.sport, port)
                 connection.ack = segment.end
                 connection.send(packets.SYN | packets.ACK)
+                # As a kernel, whose program has nothing to write to before the connection is established.
+                while next(connection.segments()).flags & packets.SYN:
+                    pass
                 return connection
         raise AssertionError("the link ended")
 

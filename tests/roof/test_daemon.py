@@ -474,3 +474,17 @@ def test_it_runs_where_there_is_no_uvloop(tmp_path: Path) -> None:
             assert client.recv(100) == b"hello"
         guest.close()
         assert made.stop() == 0
+
+
+def test_a_guest_that_vanishes_before_it_was_acknowledged_costs_nothing(tmp_path: Path) -> None:
+    """The link ends while an acknowledgement waits for its 4 ms: its time must not stay due for ever (F6)."""
+    with daemon(tmp_path, "-p", "0:80", "--grace", "0.2") as made:
+        for _ in range(3):
+            guest = StreamGuest(made.link)
+            guest.lease()
+            with socket.create_connection(("127.0.0.1", published(made)), timeout=10) as client:
+                connection = guest.listen(80)
+                connection.send(packets.ACK | packets.PSH, b"last words")
+                assert client.recv(100) == b"last words"
+                guest.close()
+        assert made.stop(5) == 0
