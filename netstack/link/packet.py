@@ -14,6 +14,7 @@ import errno
 import os
 import shutil
 import socket
+import struct
 import subprocess
 from collections.abc import Sequence
 from typing import Final
@@ -27,6 +28,8 @@ _SOL_PACKET: Final = 263
 _PACKET_VNET_HDR: Final = 15
 _PACKET_IGNORE_OUTGOING: Final = 23
 _PACKET_VNET_HDR_SZ: Final = 24
+_SIOCETHTOOL: Final = 0x8946
+_ETHTOOL_STXCSUM: Final = 0x17
 _SO_RCVBUFFORCE: Final = 33
 _SO_SNDBUFFORCE: Final = 32
 _ETH_P_ALL: Final = 3
@@ -137,6 +140,21 @@ def make_veth(ifname: str, ours: str, *, mtu: int, mac: bytes | None) -> None:
             raise ConfigError(f"ip {' '.join(command)}: {done.stderr.strip()}")
 
 
+def complete_checksums(ifname: str) -> None:
+    """Make the kernel fill in checksums, and therefore segment, before frames leave `ifname`. Raises `OSError`.
+
+    A veth hands super-frames without checksums to its other end whatever reads them there; with no virtio-net header
+    nothing would tell us what is missing.
+    """
+    import ctypes
+    import fcntl
+
+    value = ctypes.create_string_buffer(struct.pack("=II", _ETHTOOL_STXCSUM, 0))
+    request = struct.pack("16sP16x", ifname.encode(), ctypes.addressof(value))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        fcntl.ioctl(control, _SIOCETHTOOL, request)
+
+
 def open_packet(
     ifname: str,
     *,
@@ -149,7 +167,8 @@ def open_packet(
     """A link on a veth pair inside `namespaces`; `ifname` is the guest's end. Raises `ConfigError`.
 
     A pair that does not exist is made, our end being `ifname` with `-link` behind. Where `ifname-link` exists it is taken;
-    where only `ifname` exists, `ifname` itself is taken as our end (a pair somebody else laid).
+    where only `ifname` exists, `ifname` itself is taken as our end (a pair somebody else laid: without offload its other
+    end must have checksum offload turned off too).
     """
     ours = f"{ifname[:10]}-link"
 
@@ -162,6 +181,8 @@ def open_packet(
         else:
             make_veth(ifname, ours, mtu=mtu, mac=mac)
             target = ours
+        if not offload and any(found == ifname for _index, found in socket.if_nameindex() if target == ours):
+            complete_checksums(ifname)
         return packet_socket(target, offload=offload).detach()
 
     try:
