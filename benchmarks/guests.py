@@ -21,7 +21,7 @@ from pathlib import Path
 
 from benchmarks.build import SetupError, build
 from benchmarks.namespaces import HostNamespace, Namespace
-from benchmarks.processes import end, tree_cpu_seconds, tree_rss_mib
+from benchmarks.processes import Cpu, end, tree_cpu_seconds, tree_rss_mib
 
 ROOT = Path(__file__).resolve().parent.parent
 JUMBO = 65520
@@ -114,12 +114,12 @@ class Guest(ABC):
         """Whether there is a back-end process whose CPU and memory can be told."""
         return self.backend is not None
 
-    def cpu_seconds(self) -> float:
+    def cpu_seconds(self) -> Cpu:
         """CPU time of the back-end's processes so far; raises `ProcessLookupError` when it has ended."""
-        return tree_cpu_seconds([self.backend.pid]) if self.backend else 0.0
+        return tree_cpu_seconds(self.backend.pid) if self.backend else Cpu(0.0, 0.0)
 
     def rss_mib(self) -> float:
-        return tree_rss_mib([self.backend.pid]) if self.backend else 0.0
+        return tree_rss_mib(self.backend.pid) if self.backend else 0.0
 
     def stop(self) -> None:
         for child in reversed(self._children):

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 _TICKS = os.sysconf("SC_CLK_TCK")
+
+
+class Cpu(NamedTuple):
+    """Seconds of processor time."""
+
+    user: float
+    system: float
+
+    @property
+    def total(self) -> float:
+        return self.user + self.system
+
+    def since(self, before: Cpu) -> Cpu:
+        return Cpu(self.user - before.user, self.system - before.system)
 
 
 def tree(root: int) -> list[int]:
@@ -24,32 +40,29 @@ def tree(root: int) -> list[int]:
     return found
 
 
-def cpu_seconds(pid: int) -> float:
-    """User and system time of one process, with that of children it has waited for. Raises `ProcessLookupError`."""
+def cpu_seconds(pid: int) -> Cpu:
+    """Time of one process, with that of children it has waited for. Raises `ProcessLookupError`."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         raise ProcessLookupError(f"process {pid} has ended") from None
-    return sum(int(text) for text in fields[11:15]) / _TICKS
+    user, system, of_children, system_of_children = (int(text) / _TICKS for text in fields[11:15])
+    return Cpu(user + of_children, system + system_of_children)
 
 
-def tree_cpu_seconds(roots: list[int]) -> float:
-    """CPU of all processes under `roots`; raises `ProcessLookupError` when a root has ended."""
-    total = 0.0
-    for root in roots:
-        total += cpu_seconds(root)
-        for pid in tree(root)[1:]:
-            try:
-                total += cpu_seconds(pid)
-            except ProcessLookupError:
-                continue
-    return total
+def tree_cpu_seconds(root: int) -> Cpu:
+    """Time of `root` and all processes under it; raises `ProcessLookupError` when `root` has ended."""
+    spent = [cpu_seconds(root)]
+    for pid in tree(root)[1:]:
+        with contextlib.suppress(ProcessLookupError):
+            spent.append(cpu_seconds(pid))
+    return Cpu(sum(one.user for one in spent), sum(one.system for one in spent))
 
 
-def tree_rss_mib(roots: list[int]) -> float:
-    """Resident memory of all processes under `roots`, MiB. Shared pages count in each of them."""
+def tree_rss_mib(root: int) -> float:
+    """Resident memory of `root` and all processes under it, MiB. Shared pages count in each of them."""
     total = 0
-    for pid in (pid for root in roots for pid in tree(root)):
+    for pid in tree(root):
         try:
             status = Path(f"/proc/{pid}/status").read_text()
         except OSError:

@@ -25,6 +25,7 @@ UNITS: Final = {
     "cpu_us_per_packet": "CPU-us/packet",
     "wrong": "wrong",
     "lost": "lost",
+    "user_pct": "% of CPU in user mode",
     "offer_s": "s",
     "cpu_pct": "% CPU",
     "kib_per_flow": "KiB/flow",
@@ -32,7 +33,7 @@ UNITS: Final = {
 }
 """The metrics, in the order in which they are shown."""
 
-ONLY_IN_JSON: Final = frozenset({"p50_us", "p99_us", "opens_per_s"})
+ONLY_IN_JSON: Final = frozenset({"user_pct", "p50_us", "p99_us", "opens_per_s"})
 ONLY_WHEN_NOT_ZERO: Final = frozenset({"errors", "wrong", "lost"})
 REFERENCES: Final = ("veth", "pasta", "slirp4netns", "slirp4netns-65520")
 FAST_VETH_GBIT_S: Final = 20.0
