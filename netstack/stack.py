@@ -344,6 +344,8 @@ class Stack:
     def _learnt(self, neighbour: Neighbour) -> None:
         self.output.learnt(neighbour)
         self.tcp.learnt(neighbour)
+        if self._lost.pop(neighbour.ip, None) is not None:
+            self.tcp.returned(neighbour)
 
     def _dhcp(self, packet: Packet, now: float) -> None:
         try:

@@ -453,7 +453,7 @@ class TcpFlow:
             self.readable = True
             if mask & ERROR and self.conn.snd.fin_at is not None:
                 # Nothing more will be read, so nobody else will meet the error soon.
-                number = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                number = self.socket_error()
                 if number:
                     self._host_failed(OSError(number, "host socket"))
                     return
@@ -461,6 +461,14 @@ class TcpFlow:
             conn = self.conn
             if conn is not None and conn.snd.rto_at and not self.end:
                 self.rearm(conn.snd.rto_at)
+
+    def socket_error(self) -> int:
+        """The error that waits at the host socket, as errno; 0 for none."""
+        try:
+            number: int = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        except OSError as error:
+            return error.errno or errno.EIO
+        return number
 
     def resume(self) -> None:
         """The link has room again."""

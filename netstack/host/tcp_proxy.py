@@ -265,7 +265,10 @@ class TcpProxy:
             decision = self._egress.decide(6, destination.address, destination.port)
             if isinstance(decision, Deny):
                 self.counters.drops[Drop.POLICY] += 1
-                if decision.answer is not Answer.SILENT:
+                if decision.answer is Answer.PROHIBITED and destination.address[0] == 127:
+                    # A RST from there would be a martian, which the guest's kernel ignores.
+                    self.output.icmp_error(3, decision.answer.value, packet, now=now)
+                elif decision.answer is not Answer.SILENT:
                     self._refuse(packet, neighbour, key, header, decision.reason)
                 return
             if isinstance(decision, Rewrite):
@@ -315,7 +318,7 @@ class TcpProxy:
 
     def connected(self, flow: TcpFlow, mask: int) -> None:
         """A connect was pending and its socket is ready: it has succeeded or failed."""
-        number = flow.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        number = flow.socket_error()
         if number:
             self.connect_failed(flow, number)
         elif mask & (ERROR | HANGUP) and not mask & 4:
@@ -468,6 +471,13 @@ class TcpProxy:
                 flow.neighbour = neighbour
                 flow.port = neighbour.port
                 self._dialled(flow)
+
+    def returned(self, neighbour: Neighbour) -> None:
+        """A guest whose link was lost is back: what its flows kept for it goes on."""
+        for flow in list(self.flows.values()):
+            if flow.neighbour is neighbour:
+                flow.port = neighbour.port
+                flow.resume()
 
     def unresolved(self, ip: bytes) -> None:
         """Nobody answered for `ip`: who waited is reset (L06)."""
