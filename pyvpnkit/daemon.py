@@ -211,7 +211,7 @@ def _shown(name: str, value: Any, depth: int) -> Iterator[str]:
     match value:
         case Mapping():
             # Zeros say nothing and would hide what does.
-            wanted = {key: one for key, one in value.items() if one not in (0, {}, [], ())}
+            wanted = {key: one for key, one in value.items() if not _says_nothing(one)}
             plain = {key: one for key, one in wanted.items() if not isinstance(one, Mapping | list | tuple)}
             yield f"{indent}{name}: " + (
                 ", ".join(f"{key} {one}" for key, one in plain.items()) or ("" if wanted else "-")
@@ -226,6 +226,10 @@ def _shown(name: str, value: Any, depth: int) -> Iterator[str]:
                 yield f"{indent}  and {len(value) - MAX_LISTED} more"
         case _:
             yield f"{indent}{name}: {value}"
+
+
+def _says_nothing(value: Any) -> bool:
+    return not any(value.values()) if isinstance(value, Mapping) else not value
 
 
 def _line(one: Any) -> str:

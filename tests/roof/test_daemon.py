@@ -322,6 +322,16 @@ def test_a_published_port_that_is_closed_in_the_guest_resets_the_client(tmp_path
         guest.close()
 
 
+def test_clients_of_a_published_port_without_a_guest_get_an_error_and_no_hang(tmp_path: Path) -> None:
+    with daemon(tmp_path, "-p", "0:80") as made:
+        with contextlib.ExitStack() as stack:
+            address = ("127.0.0.1", published(made))
+            clients = [stack.enter_context(socket.create_connection(address, timeout=10)) for _ in range(100)]
+            for client in clients:
+                with pytest.raises(ConnectionResetError):
+                    client.recv(100)
+
+
 def test_a_published_udp_port_answers_each_client(tmp_path: Path) -> None:
     """X02."""
     with daemon(tmp_path, "-p", "udp:0:53") as made:
