@@ -280,14 +280,20 @@ class TcpFlow:
                 return
         if conn.rcv_fin is not None:
             self._shut_down_host(conn)
+            if self.end:
+                return
         if conn.snd.nxt == conn.snd.iss and not conn.synchronised:
             self._send_syn(conn)
             return
         if conn.resend:
             self._resend(conn)
+            if self.end:
+                return
         if self._acked:
             self._acked = False
             self._discard(conn)
+            if self.end:
+                return
             if self.readable or snd.nxt != snd.max or snd.fin_at is not None:
                 self.pump()
                 if self.end:
