@@ -680,8 +680,15 @@ class FakeHostIO:
         """Call number `index` (from 1, counted over the life of this object) fails with `code`, whatever it is."""
         self._faults_at[index] = code
 
+    def heal(self) -> None:
+        """Forget injected errors that were not met."""
+        self._faults.clear()
+        self._faults_at.clear()
+
     def injected(self, call: str) -> int:
         self.calls[call] += 1
+        if call == "getsockopt":  # of SO_ERROR: it has no way to fail
+            return self._faults.pop((call, self.calls[call]), 0)
         self.total_calls += 1
         return self._faults.pop((call, self.calls[call]), 0) or self._faults_at.pop(self.total_calls, 0)
 

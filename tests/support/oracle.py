@@ -82,6 +82,7 @@ class Oracle:
         self.parts: dict[bytes, dict[int, tuple[bytes, bool]]] = {}
         self.idents: deque[bytes] = deque(maxlen=64)
         self.guest_errors: deque[bytes] = deque(maxlen=256)
+        self.martians: set[bytes] = set()  # loopback addresses the guest itself wrote to
         self.frames = 0
 
     # the guest's side
@@ -95,6 +96,8 @@ class Oracle:
         head = (frame[14] & 15) * 4
         total = int.from_bytes(frame[16:18], "big")
         body = frame[14 + head : 14 + total]
+        if frame[30] == 127:
+            self.martians.add(frame[30:34])
         if frame[23] == 1 and body[:1] and body[0] in ICMP_ERRORS:
             self.guest_errors.append(frame[14 : 14 + head + 8])
         if frame[23] != 6 or len(body) < 20 or frame[20:22] not in (b"\0\0", b"\x40\0"):
@@ -196,7 +199,8 @@ class Oracle:
         _need(not fragment & 0x8000, "ipv4: reserved flag")
         _need(packet[8] > 0, "ipv4: TTL 0")
         source, destination = packet[12:16], packet[16:20]
-        _need(source[0] not in (0, 127) and source[0] < 224, "ipv4: source", source.hex())
+        _need(0 < source[0] < 224, "ipv4: source", source.hex())
+        _need(source[0] != 127 or source in self.martians, "ipv4: source is a loopback address", source.hex())
         _need(source != destination, "ipv4: source is destination", source.hex())
         ident = packet[4:6] + packet[9:10] + source + destination
         if fragment & 0x3FFF:
@@ -264,8 +268,9 @@ class Oracle:
         _need(code <= 15, "icmp: code", code)
         _need(len(packet) <= 576, "icmp: an error longer than 576 octets", len(packet))
         quoted = message[8:]
-        _need(len(quoted) >= 28 or len(quoted) >= 20 + 8, "icmp: quotes less than 8 octets", len(quoted))
-        _need(quoted[0] >> 4 == 4, "icmp: quote is not IPv4")
+        _need(len(quoted) >= 20 and quoted[0] >> 4 == 4, "icmp: quote is not IPv4")
+        whole = int.from_bytes(quoted[2:4], "big")
+        _need(len(quoted) >= min((quoted[0] & 15) * 4 + 8, whole), "icmp: quotes less than 8 octets", len(quoted))
         head = (quoted[0] & 15) * 4
         _need(quoted[12:16] == packet[16:20], "icmp: error to somebody who did not send it")
         _need(quoted[16] < 224 and quoted[16] != 0, "icmp: error about broadcast or multicast")
