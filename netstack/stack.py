@@ -265,7 +265,9 @@ class Stack:
 
     def _run_timers(self, now: float) -> None:
         timers = self._timers
-        while timers and timers[0][0] <= now:
+        for _ in range(len(timers)):  # bounded: what is armed meanwhile is for the next turn, whenever it is due
+            if timers[0][0] > now:
+                break
             when, _number, flow = heappop(timers)
             # An entry that a nearer one replaced finds another time in its flow and is passed over.
             if flow.timer_at and flow.timer_at <= when:

@@ -18,6 +18,8 @@ from typing import Any, Final, Protocol, TypeAlias
 
 READ: Final = 1
 """Octets, a datagram or a connection wait (epoll's own numbers, so the Linux path translates nothing)."""
+URGENT: Final = 2
+"""Urgent octets are in the stream (EPOLLPRI): reads stop short at their mark, so a short read says nothing."""
 WRITE: Final = 4
 ERROR: Final = 8
 HANGUP: Final = 16
@@ -90,7 +92,7 @@ class EpollIO:
         return _within(socket.socket(family, kind | socket.SOCK_NONBLOCK, protocol), self._highest)
 
     def watch(self, fd: int, ready: Ready, *, edge: bool = True) -> None:
-        mask = READ | WRITE | READ_CLOSED | _EDGE if edge else READ
+        mask = READ | URGENT | WRITE | READ_CLOSED | _EDGE if edge else READ
         self._epoll.register(fd, mask)
         self._ready[fd] = ready
 

@@ -24,7 +24,7 @@ import struct
 from typing import TYPE_CHECKING, Any, Final
 
 from netstack.api import Endpoint
-from netstack.host.io import ERROR, HANGUP, READ, READ_CLOSED, WRITE
+from netstack.host.io import ERROR, HANGUP, READ, READ_CLOSED, URGENT, WRITE
 from netstack.host.octets import octets_of
 from netstack.host.tcp_frames import FrameMaker
 from netstack.iface.neighbours import Neighbour
@@ -59,13 +59,13 @@ class TcpFlow:
         "_connect_at",
         "_dialogue",
         "_full_window",
-        "_hung_up",
         "_idle_octets",
         "_iov",
         "_iov_octets",
         "_pending",
         "_pending_octets",
         "_proxy",
+        "_read_on",
         "_shut_sent",
         "_source",
         "_spoke",
@@ -125,7 +125,8 @@ class TcpFlow:
         self.quoted = b""
         """Its packet, for an ICMP error while the host is dialled."""
         self._source: Any = None
-        self._hung_up = False
+        self._read_on = False
+        """A short read does not mean that nothing is left: the host has ended, or an urgent mark lies in the way."""
         self._base = 0
         """Number of the first octet still in `_source`."""
         self._iov: list[memoryview | bytes] = []
@@ -449,13 +450,13 @@ class TcpFlow:
         if self.conn is None:
             self._proxy.connected(self, mask)
             return
-        if mask & (READ_CLOSED | HANGUP | ERROR):
-            self._hung_up = True
+        if mask & (READ_CLOSED | HANGUP | ERROR | URGENT):
+            self._read_on = True
         if mask & WRITE and not self.writable:
             self._host_writable()
             if self.end:
                 return
-        if mask & (READ | READ_CLOSED | HANGUP | ERROR):
+        if mask & (READ | READ_CLOSED | HANGUP | ERROR | URGENT):
             self.readable = True
             if mask & ERROR and self.conn.snd.fin_at is not None:
                 # Nothing more will be read, so nobody else will meet the error soon.
@@ -557,7 +558,7 @@ class TcpFlow:
                         self._waiting = True
                         port.waiting.append(self)
                     return
-                if not full and not self._hung_up:
+                if not full and not self._read_on:
                     self.readable = False
                 continue
             else:
@@ -578,7 +579,7 @@ class TcpFlow:
                 return
             flags = _ACK_PSH
             if count < want and not resending:
-                if self._hung_up:
+                if self._read_on:
                     # The end is near: if this was all, the FIN rides along.
                     try:
                         if source.read(offset + count, payload[count : count + 1]) == 0:

@@ -293,7 +293,7 @@ class TcpProxy:
             service(other, Endpoint(packet.source, header.source_port))
             return
         try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            _prepare(sock)
             address = (target.text, target.port)
             result = sock.connect_ex(address)
             if result in _IN_PROGRESS:
@@ -435,7 +435,7 @@ class TcpProxy:
         self.flows[key] = flow
         try:
             if getattr(sock, "family", socket.AF_INET) != socket.AF_UNIX:
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                _prepare(sock)
             self.io.watch(sock.fileno(), flow.ready)
         except OSError as error:
             flow.finish(f"host: {error.strerror}", reset_host=True)
@@ -595,6 +595,12 @@ class TcpProxy:
                 )
             )
         return found
+
+
+def _prepare(sock: Any) -> None:
+    """No Nagle, since the guest did its own; urgent octets stay in the stream (RFC 6093), where peeking needs them."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
 
 
 def _reset(sock: Any) -> None:
