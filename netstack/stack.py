@@ -51,6 +51,7 @@ ROUNDS: Final = 4
 """Batches per turn before the loop has its turn."""
 GUEST_LOST_S: Final = 30.0
 """Flows of a guest whose link is gone are reset after this, unless it came back."""
+_NEVER: Final = float("inf")
 RETRY_S: Final = 0.002
 """When a congested link that tells nothing (a full datagram socket) is tried again."""
 
@@ -105,6 +106,7 @@ class Stack:
             self._learnt,
             lambda ip: self.leases.at(ip, self.clock()) is not None,
         )
+        self._parts = (self.tcp, self.udp, self.icmp, self.reassembler, self.dhcp)
         self.on_detached: Callable[[Link, str], None] = lambda link, reason: None
         """Told of every link that the stack let go of."""
         self.on_work: Callable[[], None] = lambda: None
@@ -325,21 +327,18 @@ class Stack:
         timers = self._timers
         while timers and (timers[0][2].end or timers[0][2].timer_at != timers[0][0]):
             heappop(timers)
-        found = [timers[0][0]] if timers else []
-        found += [when for when in (self.output.ask_at, self._retry_at) if when]
-        found += [
-            when
-            for when in (
-                self.tcp.deadline(),
-                self.udp.deadline(),
-                self.icmp.deadline(),
-                self.reassembler.deadline(),
-                self.dhcp.deadline(),
-            )
-            if when is not None
-        ]
-        found += self._lost.values()
-        return min(found, default=None)
+        found = timers[0][0] if timers else _NEVER
+        if self.output.ask_at:
+            found = min(found, self.output.ask_at)
+        if self._retry_at:
+            found = min(found, self._retry_at)
+        for part in self._parts:
+            when = part.deadline()
+            if when is not None and when < found:
+                found = when
+        if self._lost:
+            found = min(found, *self._lost.values())
+        return found if found != _NEVER else None
 
     # Who is where.
 

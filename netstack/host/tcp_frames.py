@@ -11,6 +11,8 @@ burst at a time (`Burst`), which costs per 64 KiB what plain Python costs per fr
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
+from functools import cache, lru_cache
 from typing import Final
 
 from netstack.iface.neighbours import Neighbour
@@ -30,6 +32,22 @@ _NEEDS_CHECKSUM: Final = 1
 _GSO_TCPV4: Final = 1
 _TCP_AT: Final = 34
 _CHECKSUM_AT: Final = 16
+
+
+_PLAIN_PREFIX: Final = VNET_HEADER.pack(_NEEDS_CHECKSUM, 0, 0, 0, _TCP_AT, _CHECKSUM_AT, 1)
+
+
+@cache
+def _packers(headroom: int, padding: int) -> tuple[Callable[..., None], Callable[..., bytes]]:
+    """`pack_into` of all headers, and `pack` of a frame without payload; links have few shapes."""
+    every = struct.Struct(f"!{headroom}s16sH6sH12sIIHHHH")
+    bare = struct.Struct(f"!{headroom + 38}sIIHHHH{padding}x")
+    return every.pack_into, bare.pack
+
+
+@lru_cache(maxsize=64)
+def _gso_prefix(mss: int) -> bytes:
+    return VNET_HEADER.pack(_NEEDS_CHECKSUM, _GSO_TCPV4, HEADERS, mss, _TCP_AT, _CHECKSUM_AT, 1)
 
 
 class FrameMaker:
@@ -62,27 +80,25 @@ class FrameMaker:
         guest, remote = key[:4], key[4:8]
         self._addresses = remote + guest + key[10:12] + key[8:10]
         self._ethernet = neighbour.mac + gateway_mac + _IPV4
-        addresses_sum = partial_sum(remote + guest)
+        addresses_sum = int.from_bytes(key[:8], "big") % 0xFFFF
         self._ip_sum = _IPV4_CONSTANT_SUM + addresses_sum
         self._pseudo = addresses_sum + 6
         if self.partial:
-            self._prefix_plain = VNET_HEADER.pack(_NEEDS_CHECKSUM, 0, 0, 0, _TCP_AT, _CHECKSUM_AT, 1)
-            self._prefix_gso = VNET_HEADER.pack(_NEEDS_CHECKSUM, _GSO_TCPV4, HEADERS, mss, _TCP_AT, _CHECKSUM_AT, 1)
+            self._prefix_plain = _PLAIN_PREFIX
+            self._prefix_gso = _gso_prefix(mss)
         else:
             self._prefix_plain = self._prefix_gso = b""
             use_numpy()
         self._mss = mss
-        self._pack_into = struct.Struct(f"!{headroom}s16sH6sH12sIIHHHH").pack_into
         # Without offloads a frame has 60 octets at least (IEEE 802.3); a virtual one need not.
         self._shortest = HEADERS if self.partial else MIN_FRAME
-        self._ack_pack = struct.Struct(f"!{headroom + 38}sIIHHHH{self._shortest - HEADERS}x").pack
+        self._pack_into, self._ack_pack = _packers(headroom, self._shortest - HEADERS)
         prefix = self._prefix_plain if self.partial else port.link.prefix(MIN_FRAME)
         total = 40
         self._ack_head = b"".join(
             (prefix, self._ethernet, total.to_bytes(2, "big"), _DF_TTL_TCP, self._ip_checksum(total), self._addresses)
         )
-        ports_sum = partial_sum(key[8:12])
-        self._ack_sum = self._pseudo + 20 + ports_sum
+        self._ack_sum = self._pseudo + 20 + int.from_bytes(key[8:12], "big")
 
     def _ip_checksum(self, total: int) -> bytes:
         return (0xFFFF ^ ((self._ip_sum + total) % 0xFFFF or 0xFFFF)).to_bytes(2, "big")
