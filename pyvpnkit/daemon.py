@@ -106,7 +106,7 @@ async def _serve(settings: Settings, ready_fd: int | None, reload: Reload | None
     began = time.monotonic()
     stop = _Stop()
     service = Service(settings)
-    loop.set_exception_handler(lambda _loop, context: _uncaught(service, context))
+    loop.set_exception_handler(lambda _loop, context: uncaught(service, context))
     service.publish()
     if settings.user is not None:
         process.become(settings.user)
@@ -130,14 +130,14 @@ async def _until_stopped(service: Service, stop: _Stop, ready_fd: int | None) ->
     process.notify("READY=1", f"MAINPID={os.getpid()}")
     if ready_fd is not None:
         process.say_ready(ready_fd)
-    await _first(stop.once.wait(), service.attachments.over.wait())
+    await first(stop.once.wait(), service.attachments.over.wait())
     process.notify("STOPPING=1")
     if not stop.once.is_set():
         log.info("the last link has ended and none can come any more")
         return
     grace_s = service.settings.network.timeouts.grace_s
     log.info("stopping; flows have %g s to finish", grace_s)
-    await _first(service.drain(grace_s), stop.twice.wait())
+    await first(service.drain(grace_s), stop.twice.wait())
 
 
 class _Stop:
@@ -151,7 +151,7 @@ class _Stop:
         (self.twice if self.once.is_set() else self.once).set()
 
 
-async def _first(*waits: Any) -> None:
+async def first(*waits: Any) -> None:
     """Wait for the first of several, and end the others."""
     tasks = [asyncio.ensure_future(wait) for wait in waits]
     try:
@@ -173,7 +173,7 @@ def _signals(loop: asyncio.AbstractEventLoop, handlers: Mapping[signal.Signals, 
             loop.remove_signal_handler(number)
 
 
-def _uncaught(service: Service, context: Mapping[str, Any]) -> None:
+def uncaught(service: Service, context: Mapping[str, Any]) -> None:
     """Nothing of ours should come here: counted, logged, and the loop goes on."""
     service.stack.counters.contained += 1
     error = context.get("exception")

@@ -129,6 +129,10 @@ class Service:
             self._again("flush", FLUSH_S, self._flush)
         return self
 
+    def attach(self, link: Link) -> None:
+        """Take a link that the caller opened; the service closes it. Raises `ConfigError` when it cannot be had."""
+        self.attachments.adopt(link)
+
     def publish(self) -> None:
         """Bind the published ports, if that was not done before: it may need a privilege that the rest does not."""
         if self._published:

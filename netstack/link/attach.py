@@ -192,6 +192,11 @@ class Attachments:
             self._doors.append(door)
             self._serve(spec, door.sock, ours=True)
 
+    def adopt(self, link: Link) -> None:
+        """Take a link that somebody else opened, and own it. Raises `ConfigError` when the stack would not have it."""
+        if self._attach(link) is None:
+            raise ConfigError(f"link {link.name}: refused; there are {len(self._attached)} links")
+
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         if self._group is None:
             work.close()
