@@ -482,6 +482,9 @@ class TcpFlow:
         self._waiting = False
         if not self.end:
             self.pump()
+            conn = self.conn
+            if conn is not None and conn.snd.rto_at and not self.end:
+                self.rearm(conn.snd.rto_at)
 
     def pump(self) -> None:
         """Read from the host socket into frames and send them, as far as window, link and budget allow."""
@@ -535,7 +538,7 @@ class TcpFlow:
                 limit = min(limit, (snd.max - snd.nxt) & MASK)
             if largest:
                 want = min(limit, largest)
-            elif limit >= 2 * mss and not resending:
+            elif limit >= 2 * mss and not resending and not frames.partial:
                 # A burst of ordinary frames, headers and checksums computed together.
                 try:
                     got = proxy.burst(frames.headroom, mss).send(
@@ -763,7 +766,6 @@ class TcpFlow:
 
     def _arm(self, when: float) -> None:
         if not self.timer_at or when < self.timer_at:
-            self.timer_at = when
             self._proxy.arm(when, self)
 
     def timer(self, now: float) -> None:
@@ -778,7 +780,9 @@ class TcpFlow:
         if conn is not None:
             timeouts = self._proxy.timeouts
             if self._ack_at and now >= self._ack_at:
-                self._ack_at = 0.0  # also when no link is left to say it on: a time that stays past is asked for for ever
+                self._ack_at = (
+                    0.0  # also when no link is left to say it on: a time that stays past is asked for for ever
+                )
                 self._dialogue = 0
                 conn.ack_now = True
             resend_due = conn.snd.rto_at and now >= conn.snd.rto_at
@@ -852,6 +856,8 @@ class TcpFlow:
         if conn is not None and not self.end:
             conn.abort()
             self._send_reset(conn)
+        elif not self.end:
+            self._proxy.refuse_waiting(self)
         self.finish(reason, reset_host=True)
 
     def finish(self, reason: str, *, reset_host: bool) -> None:

@@ -20,7 +20,7 @@ import random
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from heapq import heappush
+from heapq import heapify, heappush
 from typing import Any, Final
 
 from netstack.api import Endpoint
@@ -53,6 +53,7 @@ _UNREACHABLE: Final = {
     errno.EHOSTDOWN: 1,
 }
 """ICMP destination-unreachable codes for what a host connect says (RFC 792); EACCES and EPERM are 13 (RFC 1812)."""
+_STALE_TIMERS: Final = 1024
 _IN_PROGRESS: Final = frozenset((errno.EINPROGRESS, errno.EALREADY, errno.EINTR))
 _DESCRIPTORS: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 
@@ -116,6 +117,7 @@ class TcpProxy:
         self._rng = rng
         self._timers = timers
         self._timer_number = 0
+        self._stale_timers = 0
         self._secret = rng.randbytes(16)
         self._time_wait: dict[bytes, _TimeWait] = {}
         self._scratch: dict[int, tuple[bytearray, memoryview]] = {}
@@ -150,6 +152,9 @@ class TcpProxy:
             self.ready.append(flow)
 
     def arm(self, when: float, flow: TcpFlow) -> None:
+        if flow.timer_at:
+            self._stale_timers += 1
+        flow.timer_at = when
         self._timer_number += 1
         heappush(self._timers, (when, self._timer_number, flow))
 
@@ -265,7 +270,7 @@ class TcpProxy:
             decision = self._egress.decide(6, destination.address, destination.port)
             if isinstance(decision, Deny):
                 self.counters.drops[Drop.POLICY] += 1
-                if decision.answer is Answer.PROHIBITED and destination.address[0] == 127:
+                if decision.answer is Answer.PROHIBITED and destination.address[0] in (0, 127):
                     # A RST from there would be a martian, which the guest's kernel ignores.
                     self.output.icmp_error(3, decision.answer.value, packet, now=now)
                 elif decision.answer is not Answer.SILENT:
@@ -362,17 +367,14 @@ class TcpProxy:
     def connect_failed(self, flow: TcpFlow, number: int) -> None:
         """The host could not connect: RST, or the ICMP error that gives the guest the same errno (T03, T04, F14)."""
         code = 13 if number in (errno.EACCES, errno.EPERM) else _UNREACHABLE.get(number)
-        seq = flow.syn[0]
         neighbour = flow.neighbour
         self.counters.tcp_refused += 1
         if number in _DESCRIPTORS:
             self.counters.drops[Drop.DESCRIPTORS] += 1
         if code is not None and flow.quoted:
             self.output.icmp_quoting(3, code, flow.quoted, neighbour, now=self.now)
-        if code is None or neighbour.port is None or number == errno.ETIMEDOUT:
-            maker = self._maker(neighbour, flow.key)
-            if maker is not None:
-                maker.port.put((maker.bare(0, (seq + 1) & MASK, RST | ACK, 0),))
+        if code is None or number == errno.ETIMEDOUT:
+            self.refuse_waiting(flow)
         if self._events.wanted:
             guest, remote = flow.endpoints()
             self._events.emit(
@@ -385,6 +387,12 @@ class TcpProxy:
                 )
             )
         flow.finish(f"connect: {errno.errorcode.get(number, number)}", reset_host=False)
+
+    def refuse_waiting(self, flow: TcpFlow) -> None:
+        """RST for the guest's SYN that waits for an answer."""
+        maker = self._maker(flow.neighbour, flow.key)
+        if maker is not None and not flow.inbound:
+            maker.port.put((maker.bare(0, (flow.syn[0] + 1) & MASK, RST | ACK, 0),))
 
     def _refuse(self, packet: Packet, neighbour: Neighbour, key: bytes, header: wire.Segment, reason: str) -> None:
         self.counters.tcp_refused += 1
@@ -504,6 +512,10 @@ class TcpProxy:
         """`flow` has finished."""
         if self.flows.get(flow.key) is flow:
             del self.flows[flow.key]
+        if flow.timer_at:
+            self._stale_timers += 1
+            if self._stale_timers > _STALE_TIMERS and self._stale_timers * 2 > len(self._timers):
+                self._drop_stale_timers()
         if flow.on_close is not None:
             flow.on_close(flow.end)
         if flow.conn is not None and self._events.wanted:
@@ -527,6 +539,12 @@ class TcpProxy:
             # Notes are in order of time; a second more lets many go at once.
             return note.until + 1.0
         return None
+
+    def _drop_stale_timers(self) -> None:
+        """Entries of flows that have ended hold them in memory until their time; half the heap is too many (R4)."""
+        self._stale_timers = 0
+        self._timers[:] = [entry for entry in self._timers if not entry[2].end and entry[2].timer_at == entry[0]]
+        heapify(self._timers)
 
     def expire(self, now: float) -> None:
         """Let old TIME-WAIT notes go."""
