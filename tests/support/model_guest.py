@@ -42,6 +42,8 @@ class ModelSocket:
         self._data = bytearray()  # from iss + 1 on
         self._closing = False
         self.peer_window = 0
+        self.peer_limit = 1 << 30
+        """Most octets in flight, whatever the stack's window: a send buffer."""
         self.peer_shift: int | None = None
         self.mss = 536
         self._wl1 = 0
@@ -365,10 +367,10 @@ class ModelSocket:
         at = diff(self.nxt, self.iss) - 1
         if at > len(self._data):
             return False
-        room = min(self.peer_window, self._cwnd) - diff(self.nxt, self.una)
+        room = min(self.peer_window, self._cwnd, self.peer_limit) - diff(self.nxt, self.una)
         size = self.mss
         if self.guest.super_frames:
-            size = min(self.mss * max(room // self.mss, 1), self.mss * (64000 // self.mss))
+            size = min(self.mss * max(room // self.mss, 1), self.mss * max(64000 // self.mss, 1))
         length = min(size, len(self._data) - at, max(room, 0))
         last = at + length == len(self._data)
         fin = (

@@ -161,14 +161,16 @@ class Namespace:
     def udhcpc(self, *options: str, interface: str = "eth0") -> str:
         """A lease by busybox and the script that Debian gives it; the address."""
         self.ip("link", "set", interface, "up")
-        script = DEFAULT_SCRIPT if DEFAULT_SCRIPT.exists() else OWN_SCRIPT
-        words = ["busybox", "udhcpc", "-i", interface, "-s", str(script), "-n", "-q", "-f", "-t", "20", "-T", "1"]
+        words = ["busybox", "udhcpc", "-i", interface, "-s", str(udhcpc_script())]
+        words += ["-n", "-q", "-f", "-t", "20", "-T", "1"]
         self.run(*words, *options)
         return self.address(interface)
 
 
-DEFAULT_SCRIPT = Path("/etc/udhcpc/default.script")
-OWN_SCRIPT = Path(__file__).with_name("udhcpc.script")
+def udhcpc_script() -> Path:
+    """What configures the interface for udhcpc: the distribution's, or ours where it has none."""
+    debian = Path("/etc/udhcpc/default.script")
+    return debian if debian.exists() else Path(__file__).with_name("udhcpc.script")
 
 
 class Daemon:

@@ -45,6 +45,32 @@ def test_t60_f16_the_guests_fin_reaches_the_host_after_the_last_octet_and_the_ot
     d.assert_clean()
 
 
+def test_t60_octets_a_slow_host_has_not_taken_survive_the_close_of_both_ends(
+    d: Drill, established: Established
+) -> None:
+    """Both FINs are acknowledged while the stack still holds what the host did not read: it goes out first."""
+    f = established()
+    far = d.host(f)
+    far.stop_reading()
+    far.shutdown()
+    d.expect(f, "F.")
+    d.guest(f, ".")
+    data = pattern(400_000)
+    at = 0
+    while at < len(data):
+        part = data[at : at + 1460]
+        at += len(part)
+        d.guest(f, "F." if at == len(data) else ".", data=part)
+    d.collect(f, within=1.0)
+    d.advance(5.0)
+    far.resume()
+    d.advance(1.0)
+    assert far.received == data
+    assert far.eof and not far.aborted
+    d.advance(30.0)
+    d.assert_clean()
+
+
 def test_t61_f16_the_hosts_end_is_a_fin_after_the_last_octet_and_the_other_way_goes_on(
     d: Drill, established: Established
 ) -> None:
