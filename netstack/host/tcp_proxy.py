@@ -270,7 +270,7 @@ class TcpProxy:
             decision = self._egress.decide(6, destination.address, destination.port)
             if isinstance(decision, Deny):
                 self.counters.drops[Drop.POLICY] += 1
-                if decision.answer is Answer.PROHIBITED and destination.address[0] in (0, 127):
+                if decision.answer is Answer.PROHIBITED and destination.address[0] == 127:
                     # A RST from there would be a martian, which the guest's kernel ignores.
                     self.output.icmp_error(3, decision.answer.value, packet, now=now)
                 elif decision.answer is not Answer.SILENT:
