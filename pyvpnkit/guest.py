@@ -253,6 +253,8 @@ def _enter_namespaces() -> None:
             _libc("unshare", _CLONE_NEWNET | _CLONE_NEWNS)
     except OSError as error:
         raise HostError(_forbidden(error)) from None
+    with contextlib.suppress(OSError):  # there is no IPv6 network behind the interface to come, so none should be seen
+        _write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1")
     # What the host mounts later should appear here, what we mount must not appear there.
     _mount("none", "/", "", _MS_REC | _MS_SLAVE)
 
@@ -337,7 +339,7 @@ def _open_packet(mtu: int) -> int:
     try:
         # Our end is in a namespace of its own, out of the guest's reach.
         _libc("unshare", _CLONE_NEWNET)
-        with contextlib.suppress(OSError):  # with IPv6 the kernel would talk on it
+        with contextlib.suppress(OSError):  # or the kernel would talk on it
             _write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1")
         _run_ip(
             f"link add link0 mtu {mtu} type veth peer name {IFNAME} mtu {mtu} netns /proc/self/fd/{guest}",

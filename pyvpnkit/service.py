@@ -133,6 +133,11 @@ class Service:
         """Take a link that the caller opened; the service closes it. Raises `ConfigError` when it cannot be had."""
         self.attachments.adopt(link)
 
+    @property
+    def capture(self) -> PcapWriter | None:
+        """The capture file, where there is one."""
+        return self._capture
+
     def publish(self) -> None:
         """Bind the published ports, if that was not done before: it may need a privilege that the rest does not."""
         if self._published:
