@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.support.drill import pattern
 from tests.support.fake_host import Peer
+from tests.support.link import KINDS
 from tests.support.model_guest import ModelSocket
 from tests.support.simulation import CLEAN, Faults, Simulation
 
@@ -75,7 +76,7 @@ def state(guest: ModelSocket, host: Peer) -> str:
     seed=st.integers(0, 1 << 30),
     opened_by=st.sampled_from(["guest", "host"]),
     closing=st.sampled_from(["guest first", "host first", "both at once"]),
-    offload=st.booleans(),
+    link=st.sampled_from(KINDS),
     peek_off=st.booleans(),
     buffer=st.sampled_from([1500, 8000, 65_000, 262_144]),
 )
@@ -86,11 +87,11 @@ def test_t43_t44_f23_a_bad_link_delays_octets_but_never_loses_or_reorders_them(
     seed: int,
     opened_by: str,
     closing: str,
-    offload: bool,
+    link: str,
     peek_off: bool,
     buffer: int,
 ) -> None:
-    sim = Simulation(seed=seed, faults=faults, offload=offload, peek_off=peek_off)
+    sim = Simulation(seed=seed, faults=faults, link=link, peek_off=peek_off)
     guest, host = sim.connect(opened_by, buffer=buffer)
     talk(sim, guest, host, outbound, inbound, closing)
 
@@ -99,15 +100,15 @@ def test_t43_t44_f23_a_bad_link_delays_octets_but_never_loses_or_reorders_them(
 @given(
     seed=st.integers(0, 1 << 30),
     loss=st.sampled_from([0.0, 0.05]),
-    offload=st.booleans(),
+    link=st.sampled_from(KINDS),
     mtu=st.sampled_from([576, 1500, 9000, 65520]),
-    sent_buffer=st.sampled_from([1, 700, 5000, 256 << 10]),
+    sent_buffer=st.sampled_from([70, 700, 5000, 256 << 10]),
 )
 def test_t38_t39_readers_that_pause_and_tiny_host_buffers_lose_nothing(
-    seed: int, loss: float, offload: bool, mtu: int, sent_buffer: int
+    seed: int, loss: float, link: str, mtu: int, sent_buffer: int
 ) -> None:
     """Windows close on both sides, again and again."""
-    sim = Simulation(seed=seed, faults=Faults(loss=loss), offload=offload, mtu=mtu)
+    sim = Simulation(seed=seed, faults=Faults(loss=loss), link=link, mtu=mtu)
     sim.io.sent_buffer = sent_buffer
     guest, host = sim.connect(buffer=10_000)
     rng = random.Random(seed)
@@ -133,10 +134,10 @@ def test_t38_t39_readers_that_pause_and_tiny_host_buffers_lose_nothing(
 
 
 @pytest.mark.parametrize("loss", [0.01, 0.05, 0.2])
-@pytest.mark.parametrize("offload", [False, True], ids=["plain", "vnet"])
-def test_f23_32_flows_over_one_bad_link_all_arrive(loss: float, offload: bool) -> None:
+@pytest.mark.parametrize("link", KINDS)
+def test_f23_32_flows_over_one_bad_link_all_arrive(loss: float, link: str) -> None:
     faults = Faults(loss=loss, duplicate=loss / 2, reorder=loss, corrupt=loss / 5, rate=12.5e6)
-    sim = Simulation(seed=32, faults=faults, offload=offload)
+    sim = Simulation(seed=32, faults=faults, link=link)
     pairs = [sim.connect("guest" if index % 2 else "host") for index in range(32)]
     for index, (guest, host) in enumerate(pairs):
         guest.send(pattern(20_000, index), sim.clock.now)
@@ -151,15 +152,15 @@ def test_f23_32_flows_over_one_bad_link_all_arrive(loss: float, offload: bool) -
 
 
 @pytest.mark.parametrize("who", ["guest", "host"])
-@pytest.mark.parametrize("offload", [False, True], ids=["plain", "vnet"])
-def test_p8_t64_t65_a_reset_never_looks_like_an_end(who: str, offload: bool) -> None:
+@pytest.mark.parametrize("link", KINDS)
+def test_p8_t64_t65_a_reset_never_looks_like_an_end(who: str, link: str) -> None:
     """At any moment of a transfer: what arrived is a beginning of what was sent, and nobody sees a clean end."""
     for seed in range(40):
-        check_reset(who, seed, offload)
+        check_reset(who, seed, link)
 
 
-def check_reset(who: str, seed: int, offload: bool) -> None:
-    sim = Simulation(seed=seed, faults=Faults(loss=0.02, reorder=0.05), offload=offload)
+def check_reset(who: str, seed: int, link: str) -> None:
+    sim = Simulation(seed=seed, faults=Faults(loss=0.02, reorder=0.05), link=link)
     guest, host = sim.connect()
     outbound, inbound = pattern(100_000, 1), pattern(100_000, 2)
     guest.send(outbound, sim.clock.now)
@@ -205,12 +206,10 @@ def test_p5_a_clean_link_needs_no_retransmission_and_few_frames() -> None:
     assert sim.emitted <= 1_000_000 / 1460 * 1.05 + 20
 
 
-@pytest.mark.parametrize("offload", [False, True], ids=["plain", "vnet"])
-def test_p7_a_run_with_the_same_seed_repeats_to_the_octet(offload: bool) -> None:
+@pytest.mark.parametrize("link", KINDS)
+def test_p7_a_run_with_the_same_seed_repeats_to_the_octet(link: str) -> None:
     def run(seed: int) -> str:
-        sim = Simulation(
-            seed=seed, faults=Faults(loss=0.05, duplicate=0.05, reorder=0.1, corrupt=0.02), offload=offload
-        )
+        sim = Simulation(seed=seed, faults=Faults(loss=0.05, duplicate=0.05, reorder=0.1, corrupt=0.02), link=link)
         guest, host = sim.connect()
         talk(sim, guest, host, pattern(50_000, 1), pattern(50_000, 2), "both at once")
         return sim.digest.hexdigest()

@@ -40,7 +40,7 @@ from netstack.stack import Stack
 from tests.support import packets
 from tests.support.clock import VirtualClock
 from tests.support.fake_host import Accept, Address, FakeHostIO, FakeSocket, Outcome, Peer
-from tests.support.link import MemoryLink
+from tests.support.link import make_link
 from tests.support.oracle import Oracle
 from tests.support.packets import ACK, FIN, IPV4, MASK, PSH, RST, SYN, Packet, Segment, ip
 
@@ -90,13 +90,15 @@ class Flow:
 
 
 class Drill:
-    """See the module. `offload` gives the link a virtio-net header with TSO; `peek_off=False` an older kernel."""
+    """See the module. `link` is one of `tests.support.link.KINDS` (`offload=True` is "vnet": virtio-net header and TSO);
+    `peek_off=False` an older kernel."""
 
     def __init__(
         self,
         *,
         mtu: int = 1500,
         offload: bool = False,
+        link: str = "",
         peek_off: bool = True,
         seed: int = 1,
         check: bool = True,
@@ -111,11 +113,11 @@ class Drill:
         self.network = Network(mtu=mtu, **settings)
         self.random = random.Random(seed)
         self.stack = Stack(self.network, clock=self.clock, rng=random.Random(seed), io=self.io, events=self.bus)
-        self.link = MemoryLink(mtu=mtu, offload=offload)
+        self.link: Any = make_link(link or ("vnet" if offload else "plain"), mtu)
         self.io.adopt(self.link)
         self.mtu = mtu
-        self.offload = offload
-        self.oracle = Oracle(mtu=mtu, tso=self.link.tso, headroom=self.link.headroom)
+        self.offload = bool(self.link.partial_checksums)
+        self.oracle = Oracle(mtu=mtu, tso=self.link.tso, headroom=self.link.headroom, vnet=self.offload)
         self.check = check
         self.frames: list[tuple[float, bytes]] = []
         self.others: deque[Packet] = deque()
@@ -201,7 +203,7 @@ class Drill:
         packet.time = self.clock.now
         if packet.protocol == packets.TCP:
             segment = packets.read_tcp(packet)
-            if self.link.headroom:
+            if self.offload:
                 segment.gso_size = int.from_bytes(raw[4:6], "little")
             flow = self.flows.get((segment.destination, segment.dport, segment.source, segment.sport))
             if flow is not None:

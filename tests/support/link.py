@@ -6,12 +6,18 @@ stack kept too long turns into 0xDD and is noticed.
 
 from __future__ import annotations
 
+import errno
 import itertools
+import os
+import socket
+import struct
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from netstack.api import Frame
 from netstack.errors import LinkDown
+from netstack.link.stream import QemuLink
 
 VNET_HEADER = 12
 BATCH = 16
@@ -88,3 +94,108 @@ class MemoryLink:
 
     def close(self) -> None:
         self.closed = True
+
+
+class _Pipe:
+    """The socket under a `StreamMemoryLink`: what the peer wrote is read, as much of it at once as fits."""
+
+    family = socket.AF_UNIX
+
+    def __init__(self) -> None:
+        self.waiting = bytearray()
+        self.written = bytearray()
+        self.closed = False
+        self.room: int | None = None
+        self.fd = next(_fds)
+
+    def setblocking(self, blocking: bool) -> None: ...
+
+    def setsockopt(self, level: int, option: int, value: int) -> None: ...
+
+    def fileno(self) -> int:
+        return self.fd
+
+    def recv_into(self, buffer: Any) -> int:
+        if not self.waiting:
+            if self.closed:
+                return 0
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        view = memoryview(buffer)
+        count = min(len(view), len(self.waiting))
+        view[:count] = self.waiting[:count]
+        del self.waiting[:count]
+        return count
+
+    def sendmsg(self, buffers: Iterable[Any]) -> int:
+        data = b"".join(bytes(buffer) for buffer in buffers)
+        if self.room is not None:
+            data = data[: self.room]
+            self.room -= len(data)
+            if not data:
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        self.written += data
+        return len(data)
+
+    def send(self, data: Any) -> int:
+        return self.sendmsg([data])
+
+    def shutdown(self, how: int) -> None:
+        self.closed = True
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class StreamMemoryLink(QemuLink):
+    """The stream link of QEMU (`netstack.link.stream`) over a pipe in memory, with the test's side of `MemoryLink`.
+
+    It brings what a stream brings: many frames in one read, frames cut anywhere, runs of segments found as trains.
+    """
+
+    def __init__(self, name: str = "memory:stream", *, mtu: int = 1500) -> None:
+        self.pipe = _Pipe()
+        super().__init__(self.pipe, name, mtu)  # type: ignore[arg-type]
+        self.on_send: Callable[[bytes], None] | None = None
+        self._sent: deque[bytes] = deque()
+
+    def feed(self, frame: bytes, header: bytes | None = None) -> None:
+        self.pipe.waiting += struct.pack(">I", len(frame)) + frame
+
+    @property
+    def sent(self) -> deque[bytes]:
+        """Frames the stack sent, prefix included."""
+        self._parse()
+        return self._sent
+
+    def _parse(self) -> None:
+        written = self.pipe.written
+        at = 0
+        while len(written) - at >= 4:
+            (length,) = struct.unpack_from(">I", written, at)
+            if len(written) - at < 4 + length:
+                break
+            frame = bytes(written[at : at + 4 + length])
+            at += 4 + length
+            if self.on_send is not None:
+                self.on_send(frame)
+            else:
+                self._sent.append(frame)
+        del written[:at]
+
+    def send(self, frames: Sequence[Frame]) -> int:
+        taken = super().send(frames)
+        if self.on_send is not None:
+            self._parse()
+        return taken
+
+    def mask(self) -> int:
+        room = self.pipe.room
+        return (1 if self.pipe.waiting or self.pipe.closed else 0) | (4 if room is None or room > 0 else 0)
+
+
+KINDS = ("plain", "vnet", "stream")
+
+
+def make_link(kind: str, mtu: int) -> MemoryLink | StreamMemoryLink:
+    """A link of one of `KINDS`."""
+    return StreamMemoryLink(mtu=mtu) if kind == "stream" else MemoryLink(mtu=mtu, offload=kind == "vnet")

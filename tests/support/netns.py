@@ -174,7 +174,10 @@ def udhcpc_script() -> Path:
 
 
 class Daemon:
-    """`pyvpnkit run` in the host's namespace, ready for guests; what it says goes to `directory/log`."""
+    """`pyvpnkit run` in the host's namespace, ready for guests; what it says goes to `directory/log`.
+
+    `wrap` is a command that executes what follows it (prlimit, unshare), so that the process stays the daemon.
+    """
 
     def __init__(
         self,
@@ -182,7 +185,7 @@ class Daemon:
         directory: Path,
         *options: str,
         pass_fds: Sequence[int] = (),
-        descriptors: int | None = None,
+        wrap: Sequence[str] = (),
     ) -> None:
         self.log = directory / "log"
         ready, ready_in_child = os.pipe()
@@ -197,11 +200,9 @@ class Daemon:
         ):
             if flag not in options:
                 argv += [flag, value]
-        if descriptors is not None:
-            argv = ["prlimit", f"--nofile={descriptors}", *argv]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                ["nsenter", f"--net={host.path}", *argv],
+                ["nsenter", f"--net={host.path}", *wrap, *argv],
                 stderr=log,
                 pass_fds=(ready_in_child, *pass_fds),
                 cwd=ROOT,

@@ -62,7 +62,8 @@ class _Flow:
 
 
 class Oracle:
-    """`headroom` 12 means that frames begin with a virtio-net header. `macs` are the guests', `services` our addresses."""
+    """`headroom` octets come before each frame: a virtio-net header where `vnet` (by default when it is 12), a length when
+    it is 4. `macs` are the guests'."""
 
     def __init__(
         self,
@@ -70,11 +71,13 @@ class Oracle:
         mtu: int = 1500,
         tso: int = 0,
         headroom: int = 0,
+        vnet: bool | None = None,
         gateway_mac: bytes = bytes.fromhex("f61636bcf9c6"),
         gateway: bytes = bytes((192, 168, 65, 1)),
         prefix: bytes = bytes((192, 168, 65)),
     ) -> None:
         self.mtu, self.tso, self.headroom = mtu, tso, headroom
+        self.vnet = headroom == 12 if vnet is None else vnet
         self.gateway_mac, self.gateway, self.prefix = gateway_mac, gateway, prefix
         self.macs: set[bytes] = set()
         self.flows: dict[bytes, _Flow] = {}
@@ -144,8 +147,10 @@ class Oracle:
         self.frames += 1
         vnet, frame = raw[: self.headroom], raw[self.headroom :]
         _need(len(vnet) == self.headroom, "headroom is missing")
-        partial, gso = self._vnet(vnet, frame) if self.headroom else (False, 0)
-        _need(len(frame) >= (42 if self.headroom else 60), "frame below 60 octets", len(frame))
+        partial, gso = self._vnet(vnet, frame) if self.vnet else (False, 0)
+        if not self.vnet and self.headroom == 4:
+            _need(int.from_bytes(vnet, "big") == len(frame), "stream: length prefix", vnet.hex(), len(frame))
+        _need(len(frame) >= (42 if self.vnet else 60), "frame below 60 octets", len(frame))
         limit = 14 + (self.tso + 120 if gso else self.mtu)
         _need(len(frame) <= limit, "frame longer than the link takes", len(frame), limit)
         destination, source, kind = frame[:6], frame[6:12], frame[12:14]

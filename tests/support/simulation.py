@@ -23,7 +23,7 @@ from tests.support import packets
 from tests.support.clock import VirtualClock
 from tests.support.drill import EPSILON, GATEWAY_MAC, GUEST, GUEST_MAC, SERVER, write_pcap
 from tests.support.fake_host import Address, FakeHostIO, Peer
-from tests.support.link import MemoryLink
+from tests.support.link import make_link
 from tests.support.model_guest import ModelGuest, ModelSocket, is_super_frame
 from tests.support.oracle import Oracle, Violation
 
@@ -55,7 +55,7 @@ class Simulation:
         seed: int = 0,
         faults: Faults = CLEAN,
         mtu: int = 1500,
-        offload: bool = False,
+        link: str = "plain",
         peek_off: bool = True,
         guest_buffer: int = 256 << 10,
         check: bool = True,
@@ -72,10 +72,11 @@ class Simulation:
         bus.subscribe(self.events.append)
         self.network = Network(mtu=mtu, **settings)  # type: ignore[arg-type]
         self.stack = Stack(self.network, clock=self.clock, rng=random.Random(seed + 1), io=self.io, events=bus)
-        self.link = MemoryLink(mtu=mtu, offload=offload)
+        self.link = make_link(link, mtu)
+        offload = self.link.partial_checksums
         self.link.on_send = self._from_stack
         self.io.adopt(self.link)
-        self.oracle = Oracle(mtu=mtu, tso=self.link.tso, headroom=self.link.headroom) if check else None
+        self.oracle = Oracle(mtu=mtu, tso=self.link.tso, headroom=self.link.headroom, vnet=offload) if check else None
         self.guest = ModelGuest(
             self._from_guest,
             mac=GUEST_MAC,
@@ -114,7 +115,7 @@ class Simulation:
             except Violation as violation:  # the stack would contain it; `run` raises it
                 self.violations.append(violation)
         self.digest.update(raw)
-        for frame in packets.finish(raw[headroom:], raw[:headroom]) if headroom else [raw]:
+        for frame in packets.finish(raw[headroom:], raw[:headroom]) if self.link.tso else [raw[headroom:]]:
             if self.on_frame is not None:
                 self.on_frame(self.clock.now, frame)
             self._travel(True, frame, b"")
