@@ -116,6 +116,7 @@ class Stack:
         self._retry_at = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
         self._told: set[str] = set()
+        self._turns = 0
         self._in_turn = False
         self._closed = False
 
@@ -230,8 +231,11 @@ class Stack:
         now = tcp.now = self.clock()
         self._in_turn = True
         more = False
+        idle = True
         for round_ in range(ROUNDS):
             events = self.io.poll()
+            if events:
+                idle = False
             for ready, mask in events:
                 try:
                     ready(mask)
@@ -256,7 +260,10 @@ class Stack:
         timers = self._timers
         if timers and timers[0][0] <= now:
             self._run_timers(now)
-        self._run_rare(now)
+        # While events keep coming the rare time-outs are looked at now and then; a turn that a deadline brought has none.
+        self._turns += 1
+        if idle or not self._turns & 31:
+            self._run_rare(now)
         if tcp.dirty:
             self._flush_tcp()
         for port in tuple(self.switch.ports):

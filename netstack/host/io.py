@@ -9,6 +9,7 @@ asyncio loop, which costs 30 % less CPU per connection than a reader per socket 
 
 from __future__ import annotations
 
+import _socket
 import errno
 import select
 import socket
@@ -27,6 +28,7 @@ READ_CLOSED: Final = 0x2000
 """The peer will send no more (EPOLLRDHUP)."""
 
 _EDGE: Final = 1 << 31
+_FLAGS: Final = getattr(socket, "SOCK_NONBLOCK", 0) | getattr(socket, "SOCK_CLOEXEC", 0)
 
 Ready: TypeAlias = Callable[[int], None]
 """Called with the mask of what is ready."""
@@ -47,6 +49,10 @@ class HostIO(Protocol):
 
     def unwatch(self, fd: int) -> None:
         """Forget `fd`; before it is closed."""
+        ...
+
+    def forget(self, fd: int) -> None:
+        """As `unwatch`, for a descriptor of ours alone that is closed at once: closing ends the kernel's watch."""
         ...
 
     def poll(self) -> list[tuple[Ready, int]]:
@@ -70,7 +76,7 @@ def highest_descriptor(reserve: int) -> int:
     return 1 << 30 if soft == resource.RLIM_INFINITY else soft - min(reserve, soft // 4)
 
 
-def _within(sock: socket.socket, highest: int) -> socket.socket:
+def _within(sock: Any, highest: int) -> Any:
     """Numbers are given out lowest first, so a high one means that few are left."""
     if sock.fileno() >= highest:
         sock.close()
@@ -88,8 +94,9 @@ class EpollIO:
         self._ready: dict[int, Ready] = {}
         self._highest = highest_descriptor(reserve)
 
-    def socket(self, family: int, kind: int, protocol: int = 0) -> socket.socket:
-        return _within(socket.socket(family, kind | socket.SOCK_NONBLOCK, protocol), self._highest)
+    def socket(self, family: int, kind: int, protocol: int = 0) -> Any:
+        # The class in C: what `socket.socket` adds costs 2 µs per connection and nothing here uses it.
+        return _within(_socket.socket(family, kind | _FLAGS, protocol), self._highest)
 
     def watch(self, fd: int, ready: Ready, *, edge: bool = True) -> None:
         mask = READ | URGENT | WRITE | READ_CLOSED | _EDGE if edge else READ
@@ -103,6 +110,9 @@ class EpollIO:
     def unwatch(self, fd: int) -> None:
         if self._ready.pop(fd, None) is not None:
             self._epoll.unregister(fd)
+
+    def forget(self, fd: int) -> None:
+        self._ready.pop(fd, None)
 
     def poll(self) -> list[tuple[Ready, int]]:
         ready = self._ready
@@ -126,7 +136,7 @@ class KqueueIO:
         self._kqueue: Any = select.kqueue()  # type: ignore[attr-defined,unused-ignore]  # absent on Linux
         self._ready: dict[int, Ready] = {}
 
-    def socket(self, family: int, kind: int, protocol: int = 0) -> socket.socket:
+    def socket(self, family: int, kind: int, protocol: int = 0) -> Any:
         sock = socket.socket(family, kind, protocol)
         sock.setblocking(False)
         return _within(sock, self._highest)
@@ -150,6 +160,8 @@ class KqueueIO:
     def unwatch(self, fd: int) -> None:
         # Closing the descriptor removes its events; until then they find no function and are passed over.
         self._ready.pop(fd, None)
+
+    forget = unwatch
 
     def poll(self) -> list[tuple[Ready, int]]:
         found: list[tuple[Ready, int]] = []

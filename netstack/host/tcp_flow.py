@@ -43,8 +43,13 @@ ACK_OCTETS: Final = 128 << 10
 """Unacknowledged octets that are acknowledged before the turn is over; fewer wait for its end, and more may join them."""
 BURSTS: Final = 8
 """Super-frames (or bursts) a flow may send before the others have their turn."""
+_OWED_OCTETS: Final = 32 << 10
+_OWED_TURNS: Final = 32
+"""Acknowledged octets stay at the host socket until there are so many, or so many turns brought some: one call for all."""
 _IOV_MAX: Final = 1000
 _RESET: Final = struct.pack("ii", 1, 0)  # SO_LINGER on, 0 s: close sends RST
+_TIME_WAIT: Final = State.TIME_WAIT
+_CLOSED: Final = State.CLOSED
 _NO_OPTIONS: Final = Options()
 _ACK_PSH: Final = ACK | PSH
 
@@ -62,6 +67,7 @@ class TcpFlow:
         "_idle_octets",
         "_iov",
         "_iov_octets",
+        "_owed",
         "_pending",
         "_pending_octets",
         "_proxy",
@@ -136,6 +142,7 @@ class TcpFlow:
         self._stored: dict[int, bytes] = {}
         self._acked = False
         self._unacked = 0
+        self._owed = 0
         self._ack_at = 0.0
         self._connect_at = 0.0
         self._dialogue = _DIALOGUE
@@ -292,17 +299,20 @@ class TcpFlow:
                 return
         if self._acked:
             self._acked = False
-            self._discard(conn)
-            if self.end:
-                return
+            self._owed += 1
+            if self._owed >= _OWED_TURNS or (snd.una - self._base) & MASK >= _OWED_OCTETS:
+                self._discard(conn)
+                if self.end:
+                    return
             if self.readable or snd.nxt != snd.max or snd.fin_at is not None:
                 self.pump()
                 if self.end:
                     return
-        if conn.state is State.TIME_WAIT or conn.state is State.CLOSED:
+        if conn.state is _TIME_WAIT or conn.state is _CLOSED:
             if conn.ack_now:
                 self._send_ack(conn)
-            proxy.retire(self, conn)
+            if not self._pending:  # what a slow host has not taken yet is still owed to it
+                proxy.retire(self, conn)
             return
         if received:
             snd.wl1 = conn.rcv.nxt
@@ -334,13 +344,13 @@ class TcpFlow:
     def _opened(self, conn: Connection) -> None:
         conn.update_plain()
         self._connect_at = 0.0
-        self.frames = None  # the guest's MSS is known now
+        if self.inbound:
+            self.frames = None  # the guest's MSS is known only now
         snd = conn.snd
         self._base = (snd.iss + 1) & MASK
         self._full_window = conn.rcv.capacity >> conn.rcv.shift
         if self.inbound:
             self._proxy.opened(self)
-        self.readable = True
         self._acked = True  # makes `flush` pump what the host said already
 
     # Octets to the host.
@@ -489,7 +499,7 @@ class TcpFlow:
     def pump(self) -> None:
         """Read from the host socket into frames and send them, as far as window, link and budget allow."""
         conn = self.conn
-        if conn is None or not conn.synchronised:
+        if conn is None or not (conn.plain or conn.synchronised):
             return
         port = self.port
         if port is None:
@@ -640,6 +650,7 @@ class TcpFlow:
 
     def _discard(self, conn: Connection) -> None:
         """What the guest acknowledged need not be kept."""
+        self._owed = 0
         snd = conn.snd
         count = (snd.una - self._base) & MASK
         if snd.fin_at is not None and distance(snd.fin_at, snd.una) > 0:
@@ -866,8 +877,14 @@ class TcpFlow:
             return
         self.end = reason
         sock = self.sock
+        if not reset_host and self._owed and self.conn is not None:
+            self.end = ""
+            self._discard(self.conn)  # a socket closed with octets unread resets its peer
+            if self.end:
+                return
+            self.end = reason
         try:
-            self._proxy.io.unwatch(sock.fileno())
+            self._proxy.io.forget(sock.fileno())
             if reset_host:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         except OSError:

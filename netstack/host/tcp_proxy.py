@@ -304,6 +304,8 @@ class TcpProxy:
             if result in _IN_PROGRESS:
                 # On loopback the second call already knows; that saves a turn of the loop.
                 result = sock.connect_ex(address)
+            if result in (0, errno.EISCONN) and sock.getsockname() == address:
+                result = errno.ECONNREFUSED  # nobody listens: the socket has met itself (RFC 9293 3.5, both sides open)
         except OSError as error:
             result = error.errno or errno.EIO
         if result in (0, errno.EISCONN):

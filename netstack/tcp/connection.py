@@ -16,7 +16,7 @@ goes out; `segment_arrives` with the ACK puts `OPENED` into `events`; data runs 
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from typing import Final
 
 from netstack.tcp.receiver import Receiver
@@ -32,7 +32,7 @@ CHALLENGES_PER_S: Final = 5
 SYN_RETRIES: Final = 6
 
 
-class Event(Enum):
+class Event(StrEnum):
     OPENED = "the handshake is complete"
     PEER_CLOSED = "the guest's FIN is in order: no more octets will come"
     FINISHED = "our FIN is acknowledged"
@@ -187,7 +187,7 @@ class Connection:
                     self.ack_now = True
                 else:
                     self.challenge(now)
-                if flags & ACK and not flags & SYN and self._ack_in_flight(seg_ack):
+                if flags & ACK and not flags & SYN and self.synchronised and self._ack_in_flight(seg_ack):
                     # RFC 9293 allows ACK processing of unacceptable segments at zero window.
                     self._process_ack(seg_seq, 0, seg_ack, seg_wnd, options, now)
             return None

@@ -91,7 +91,7 @@ class Sender:
         """`length` sequence numbers from `nxt` on were sent."""
         nxt = self.nxt = (self.nxt + length) & MASK
         if (nxt - self.max) & MASK < HALF and nxt != self.max:
-            if not self.timed_at:
+            if not self.timed_at and now >= self.rtt.again_at:
                 self.timed_at = now
                 self.timed_seq = nxt
             self.max = nxt
@@ -109,7 +109,7 @@ class Sender:
         self.progress_at = now
         rtt = self.rtt
         if self.timed_at and (ack - self.timed_seq) & MASK < HALF:
-            rtt.sample(now - self.timed_at)
+            rtt.sample(now - self.timed_at, now)
             self.timed_at = 0.0
         rtt.backoff = 0
         self.rto_at = now + rtt.rto if ack != self.max else 0.0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from enum import Enum
+from enum import StrEnum
 from typing import Final
 
 
-class State(Enum):
+class State(StrEnum):
+    """Named as in the RFC. Text, so that looking a state up hashes in C."""
+
     SYN_SENT = "SYN-SENT"
     SYN_RECEIVED = "SYN-RECEIVED"
     ESTABLISHED = "ESTABLISHED"
@@ -20,7 +22,7 @@ class State(Enum):
     CLOSED = "CLOSED"
 
 
-class Input(Enum):
+class Input(StrEnum):
     SYN = "SYN while SYN-SENT (simultaneous open)"
     ACK_OF_SYN = "our SYN is acknowledged"
     FIN = "the guest's FIN, all before it received"

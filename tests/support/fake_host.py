@@ -750,6 +750,10 @@ class FakeHostIO:
         self._pending.pop(fd, None)
         self._writers.discard(fd)
 
+    def forget(self, fd: int) -> None:
+        """As `unwatch`: the descriptor is closed at once."""
+        self.unwatch(fd)
+
     def wake(self, fd: int) -> None:
         if fd in self.watched:
             self._pending[fd] = None
