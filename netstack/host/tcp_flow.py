@@ -519,13 +519,12 @@ class TcpFlow:
         source = self._source
         mss = snd.mss
         largest = port.tso // mss * mss if port.tso > mss else 0
-        scratch, payload = proxy.scratch(frames.headroom)
+        scratch, whole, payload = proxy.scratch(frames.headroom)
         budget = BURSTS
         while True:
-            room = snd.room()
             offset = (snd.nxt - self._base) & MASK
             resending = snd.nxt != snd.max
-            limit = room
+            room = limit = (snd.wnd if snd.wnd < snd.cwnd else snd.cwnd) - ((snd.nxt - snd.una) & MASK)
             if snd.fin_at is not None:
                 left = distance(snd.nxt, snd.fin_at)
                 if left <= 0:
@@ -591,9 +590,10 @@ class TcpFlow:
                 self._host_ended(conn, frames)
                 return
             flags = _ACK_PSH
+            failed: OSError | None = None
             if count < want and not resending:
                 if self._read_on:
-                    # The end is near: if this was all, the FIN rides along.
+                    # The end is near: if this was all, the FIN rides along. A reset comes after what was read.
                     try:
                         if source.read(offset + count, payload[count : count + 1]) == 0:
                             self.readable = False
@@ -601,8 +601,7 @@ class TcpFlow:
                             conn.plain = False
                             flags |= FIN
                     except OSError as error:
-                        self._host_failed(error)
-                        return
+                        failed = error
                 else:
                     self.readable = False
             window = self.window(conn)
@@ -611,13 +610,18 @@ class TcpFlow:
                 proxy.counters.tcp_retransmitted += 1
             else:
                 self.octets_in += count
-            port.send(((memoryview(scratch)[:end],),))
+            port.send_one(whole[:end])
             self._acknowledged(conn)
             if flags & FIN:
                 snd.sent(count + 1, proxy.now)
                 conn.fin_sent()
                 return
             snd.sent(count, proxy.now)
+            if failed is not None:
+                self._host_failed(failed)
+                return
+            if not self.readable and not resending:
+                return
 
     def _acknowledged(self, conn: Connection) -> None:
         """A frame with the current acknowledgement left."""
@@ -751,7 +755,7 @@ class TcpFlow:
         frames = self.maker()
         if frames is None:
             return
-        scratch, payload = self._proxy.scratch(frames.headroom)
+        scratch, whole, payload = self._proxy.scratch(frames.headroom)
         snd = conn.snd
         for seq, length in ranges:
             if not length:
@@ -771,7 +775,7 @@ class TcpFlow:
             if count:
                 self._proxy.counters.tcp_retransmitted += 1
                 end = frames.finish(scratch, count, seq, conn.rcv.nxt, ACK, self.window(conn))
-                frames.port.send(((memoryview(scratch)[:end],),))
+                frames.port.send_one(whole[:end])
 
     # Time.
 

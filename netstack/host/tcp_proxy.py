@@ -120,19 +120,20 @@ class TcpProxy:
         self._stale_timers = 0
         self._secret = rng.randbytes(16)
         self._time_wait: dict[bytes, _TimeWait] = {}
-        self._scratch: dict[int, tuple[bytearray, memoryview]] = {}
+        self._scratch: dict[int, tuple[bytearray, memoryview, memoryview]] = {}
         self._bursts: dict[tuple[int, int], Burst] = {}
         self._dial_port = rng.randrange(49152, 65536)
         self._resolving: dict[bytes, list[TcpFlow]] = {}
 
     # What flows use.
 
-    def scratch(self, headroom: int) -> tuple[bytearray, memoryview]:
-        """A buffer for one frame behind `headroom`, and the view of its payload place."""
+    def scratch(self, headroom: int) -> tuple[bytearray, memoryview, memoryview]:
+        """A buffer for one frame behind `headroom`: itself, a view of it, and a view of its payload place."""
         found = self._scratch.get(headroom)
         if found is None:
             buffer = bytearray(headroom + HEADERS + 65536)
-            found = self._scratch[headroom] = buffer, memoryview(buffer)[headroom + HEADERS :]
+            view = memoryview(buffer)
+            found = self._scratch[headroom] = buffer, view, view[headroom + HEADERS :]
         return found
 
     def burst(self, headroom: int, mss: int) -> Burst:

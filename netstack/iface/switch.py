@@ -33,6 +33,7 @@ class Port:
     __slots__ = (
         "_backlog",
         "_backlog_octets",
+        "_link_send",
         "_queue",
         "alive",
         "congested",
@@ -54,6 +55,7 @@ class Port:
 
     def __init__(self, link: Link, number: int, counters: Counters, identity: str | None = None) -> None:
         self.link = link
+        self._link_send = link.send
         self.number = number
         self.counters = counters
         self.identity = identity
@@ -105,6 +107,28 @@ class Port:
             self.push()
         self._send(frames)
 
+    def send_one(self, frame: memoryview) -> None:
+        """As `send` for one frame in one piece."""
+        if self._queue or self.congested or not self.alive:
+            self.send(((frame,),))
+            return
+        self.frames_out += 1
+        counters = self.counters
+        counters.frames_out += 1
+        counters.octets_out += len(frame) - self.headroom
+        frames = ((frame,),)
+        try:
+            if not self._link_send(frames):
+                self._send_later(frames)
+        except LinkDown as error:
+            self.down(str(error))
+
+    def _send_later(self, frames: Sequence[Frame]) -> None:
+        """The link is full: what it did not take waits."""
+        self.congested = True
+        self._keep(frames)
+        self.on_blocked(self)
+
     def _send(self, frames: Sequence[Frame]) -> None:
         self.frames_out += len(frames)
         counters = self.counters
@@ -117,14 +141,12 @@ class Port:
             self.counters.drops[Drop.LINK_GONE] += len(frames)
             return
         try:
-            taken = self.link.send(frames)
+            taken = self._link_send(frames)
         except LinkDown as error:
             self.down(str(error))
             return
         if taken < len(frames):
-            self.congested = True
-            self._keep(frames[taken:])
-            self.on_blocked(self)
+            self._send_later(frames[taken:])
 
     def _keep(self, frames: Sequence[Frame]) -> None:
         for frame in frames:

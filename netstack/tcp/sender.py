@@ -78,11 +78,6 @@ class Sender:
         self.progress_at = 0.0
         """When the guest last acknowledged something new, or data went out with none outstanding."""
 
-    def room(self) -> int:
-        """Octets that may be sent now from `nxt` on."""
-        limit = self.wnd if self.wnd < self.cwnd else self.cwnd
-        return limit - ((self.nxt - self.una) & MASK)
-
     def flight(self) -> int:
         """Sequence numbers outstanding."""
         return (self.max - self.una) & MASK
