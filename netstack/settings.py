@@ -96,7 +96,7 @@ class Network:
     """One virtual network as its guests see it. VPNKit's defaults; checked at construction (`ConfigError`)."""
 
     subnet: str = "192.168.65.0/24"
-    """The network guests are in, /29 or larger. With another one, gateway and host alias are its first two addresses unless given."""
+    """The network guests are in, /29 or larger. In another one gateway and host alias are its first two addresses."""
     gateway: str = "192.168.65.1"
     """Router, DHCP, DNS (53) and NTP (123) server."""
     host_alias: str | None = "192.168.65.2"
