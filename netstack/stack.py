@@ -257,6 +257,8 @@ class Stack:
             more = round_ == ROUNDS - 1
         if tcp.unacknowledged:
             tcp.acknowledge()
+        if tcp.delayed and tcp.delayed[0].ack_due <= now:
+            tcp.acknowledge_late(now)
         timers = self._timers
         if timers and timers[0][0] <= now:
             self._run_timers(now)

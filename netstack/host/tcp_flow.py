@@ -61,6 +61,7 @@ class TcpFlow:
         "_ack_at",
         "_acked",
         "_base",
+        "_careful",
         "_connect_at",
         "_dialogue",
         "_full_window",
@@ -78,6 +79,7 @@ class TcpFlow:
         "_stored",
         "_unacked",
         "_waiting",
+        "ack_due",
         "active_at",
         "conn",
         "dirty",
@@ -144,6 +146,9 @@ class TcpFlow:
         self._unacked = 0
         self._owed = 0
         self._ack_at = 0.0
+        self.ack_due = 0.0
+        """When the proxy looks at the delayed ACK; 0 when it is not among the delayed."""
+        self._careful = True
         self._connect_at = 0.0
         self._dialogue = _DIALOGUE
         self._spoke = False
@@ -227,9 +232,7 @@ class TcpFlow:
             options = parse_options(frame[at - (offset_flags >> 10 & 0x3C) + 20 : at])
         if flags & (SYN | FIN) == SYN | FIN or flags & (SYN | RST) == SYN | RST:
             return
-        if not self.dirty:
-            self.dirty = True
-            self._proxy.dirty.append(self)
+        self.touch()
         una = conn.snd.una
         accepted = conn.segment_arrives(seq, end - at, ack, flags, window, options, self._proxy.now)
         if conn.snd.una != una:
@@ -265,11 +268,63 @@ class TcpFlow:
     # The batch is over.
 
     def flush(self) -> None:
-        """Do what the batch asked for: octets to the host, octets to the guest, ACK, FIN, RST, events."""
+        """Do what the batch asked for. In the common case: octets to the host, octets to the guest, perhaps an ACK."""
         self.dirty = False
         conn = self.conn
         if conn is None or self.end:
             return
+        if self._careful or not conn.plain:
+            self._careful = False
+            self._flush_all(conn)
+            return
+        received = self._iov_octets
+        if received:
+            self._to_host(conn)
+            if self.end:
+                return
+        snd = conn.snd
+        if self._acked:
+            self._guest_acknowledged(conn)
+            if self.end:
+                return
+        if received:
+            snd.wl1 = conn.rcv.nxt
+            snd.wl2 = snd.una
+            if self._unacked:
+                self._owe_ack(conn)
+        if conn.ack_now:
+            self._send_ack(conn)
+        when = snd.rto_at
+        if when and (not self.timer_at or when < self.timer_at):
+            self._arm(when)
+
+    def _guest_acknowledged(self, conn: Connection) -> None:
+        """Let go of what the guest has, now and then, and send what the window now has room for."""
+        snd = conn.snd
+        self._acked = False
+        self._owed += 1
+        if self._owed >= _OWED_TURNS or (snd.una - self._base) & MASK >= _OWED_OCTETS:
+            self._discard(conn)
+            if self.end:
+                return
+        if self.readable or snd.nxt != snd.max or snd.fin_at is not None:
+            self.pump()
+
+    def _owe_ack(self, conn: Connection) -> None:
+        """What came is to be acknowledged: with the answer, at once, or when the turn is over."""
+        if self._dialogue >= _DIALOGUE and self._unacked < conn.snd.mss and not conn.ack_now:
+            if not self._ack_at:
+                self._ack_at = self._proxy.now + DELAYED_ACK_S
+                if not self.ack_due:
+                    self.ack_due = self._ack_at
+                    self._proxy.delayed.append(self)
+        elif self._unacked >= ACK_OCTETS:
+            conn.ack_now = True
+        else:
+            self._proxy.unacknowledged.append(self)
+
+    def _flush_all(self, conn: Connection) -> None:
+        """The same with all that is rare: events, FIN, RST, SYN, what must be sent again, the end."""
         proxy = self._proxy
         if conn.reset is not None:
             self._send_reset(conn)
@@ -298,16 +353,9 @@ class TcpFlow:
             if self.end:
                 return
         if self._acked:
-            self._acked = False
-            self._owed += 1
-            if self._owed >= _OWED_TURNS or (snd.una - self._base) & MASK >= _OWED_OCTETS:
-                self._discard(conn)
-                if self.end:
-                    return
-            if self.readable or snd.nxt != snd.max or snd.fin_at is not None:
-                self.pump()
-                if self.end:
-                    return
+            self._guest_acknowledged(conn)
+            if self.end:
+                return
         if conn.state is _TIME_WAIT or conn.state is _CLOSED:
             if conn.ack_now:
                 self._send_ack(conn)
@@ -318,14 +366,7 @@ class TcpFlow:
             snd.wl1 = conn.rcv.nxt
             snd.wl2 = snd.una
             if self._unacked:
-                if self._dialogue >= _DIALOGUE and self._unacked < snd.mss and not conn.ack_now:
-                    if not self._ack_at:
-                        self._ack_at = proxy.now + DELAYED_ACK_S
-                        self._arm(self._ack_at)
-                elif self._unacked >= ACK_OCTETS:
-                    conn.ack_now = True
-                else:
-                    proxy.unacknowledged.append(self)
+                self._owe_ack(conn)
         if conn.ack_now:
             self._send_ack(conn)
         if snd.rto_at:
@@ -475,9 +516,9 @@ class TcpFlow:
                     self._host_failed(OSError(number, "host socket"))
                     return
             self.pump()
-            conn = self.conn
-            if conn is not None and conn.snd.rto_at and not self.end:
-                self.rearm(conn.snd.rto_at)
+            when = self.conn.snd.rto_at
+            if when and (not self.timer_at or when < self.timer_at) and not self.end:
+                self._arm(when)
 
     def socket_error(self) -> int:
         """The error that waits at the host socket, as errno; 0 for none."""
@@ -519,7 +560,7 @@ class TcpFlow:
         source = self._source
         mss = snd.mss
         largest = port.tso // mss * mss if port.tso > mss else 0
-        scratch, whole, payload = proxy.scratch(frames.headroom)
+        scratch, whole, payload = frames.scratch
         budget = BURSTS
         while True:
             offset = (snd.nxt - self._base) & MASK
@@ -755,7 +796,7 @@ class TcpFlow:
         frames = self.maker()
         if frames is None:
             return
-        scratch, whole, payload = self._proxy.scratch(frames.headroom)
+        scratch, whole, payload = frames.scratch
         snd = conn.snd
         for seq, length in ranges:
             if not length:
@@ -794,12 +835,6 @@ class TcpFlow:
             return
         if conn is not None:
             timeouts = self._proxy.timeouts
-            if self._ack_at and now >= self._ack_at:
-                self._ack_at = (
-                    0.0  # also when no link is left to say it on: a time that stays past is asked for for ever
-                )
-                self._dialogue = 0
-                conn.ack_now = True
             resend_due = conn.snd.rto_at and now >= conn.snd.rto_at
             if resend_due:
                 conn.timeout(now, timeouts.tcp_user_s)
@@ -819,10 +854,11 @@ class TcpFlow:
                     return
                 self._idle_octets = octets
                 self.active_at = now
+            self._careful = True
             self.flush()
             if self.end:
                 return
-        deadlines = [when for when in (self._ack_at, self._connect_at, conn.snd.rto_at if conn else 0.0) if when]
+        deadlines = [when for when in (self._connect_at, conn.snd.rto_at if conn else 0.0) if when]
         if conn is not None and self._proxy.timeouts.tcp_idle_s:
             deadlines.append(self.active_at + self._proxy.timeouts.tcp_idle_s)
         if deadlines:
@@ -834,7 +870,8 @@ class TcpFlow:
             self._arm(when)
 
     def touch(self) -> None:
-        """Let the stack call `flush` soon."""
+        """Let the stack call `flush` soon, for something rare."""
+        self._careful = True
         if not self.dirty:
             self.dirty = True
             self._proxy.dirty.append(self)
@@ -844,6 +881,19 @@ class TcpFlow:
         conn = self.conn
         if self._unacked and conn is not None and not self.end:
             self._send_ack(conn)
+
+    def answer_late(self, now: float) -> bool:
+        """The delay of an ACK is over; True when a later one waits by now (and this one was carried by an answer)."""
+        conn = self.conn
+        if self._ack_at > now:
+            self.ack_due = self._ack_at
+            return True
+        self.ack_due = 0.0
+        if self._ack_at and conn is not None and not self.end:
+            self._ack_at = 0.0
+            self._dialogue = 0
+            self._send_ack(conn)
+        return False
 
     def probe(self) -> None:
         """Ask the guest whether it still knows the connection (RFC 1122 4.2.3.6): RST tells of a reboot."""

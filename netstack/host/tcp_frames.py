@@ -45,6 +45,13 @@ def _packers(headroom: int, padding: int) -> tuple[Callable[..., None], Callable
     return every.pack_into, bare.pack
 
 
+@cache
+def _scratch(headroom: int) -> tuple[bytearray, memoryview, memoryview]:
+    buffer = bytearray(headroom + HEADERS + 65536)
+    view = memoryview(buffer)
+    return buffer, view, view[headroom + HEADERS :]
+
+
 @lru_cache(maxsize=64)
 def _gso_prefix(mss: int) -> bytes:
     return VNET_HEADER.pack(_NEEDS_CHECKSUM, _GSO_TCPV4, HEADERS, mss, _TCP_AT, _CHECKSUM_AT, 1)
@@ -69,6 +76,7 @@ class FrameMaker:
         "headroom",
         "partial",
         "port",
+        "scratch",
         "version",
     )
 
@@ -76,6 +84,8 @@ class FrameMaker:
         self.port = port
         self.version = neighbour.version
         headroom = self.headroom = port.headroom
+        self.scratch = _scratch(headroom)
+        """A buffer for one frame, a view of it, and a view of its payload place; whoever fills it sends it at once."""
         self.partial = port.partial
         guest, remote = key[:4], key[4:8]
         self._addresses = remote + guest + key[10:12] + key[8:10]

@@ -18,6 +18,7 @@ import hashlib
 import logging
 import random
 import socket
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from heapq import heapify, heappush
@@ -28,7 +29,7 @@ from netstack.errors import Malformed
 from netstack.host.io import ERROR, HANGUP, HostIO
 from netstack.host.tcp_burst import Burst
 from netstack.host.tcp_flow import TcpFlow
-from netstack.host.tcp_frames import HEADERS, FrameMaker
+from netstack.host.tcp_frames import FrameMaker
 from netstack.iface.interface import Packet
 from netstack.iface.neighbours import Neighbour
 from netstack.iface.output import Output
@@ -106,6 +107,8 @@ class TcpProxy:
         self.dirty: list[TcpFlow] = []
         self.ready: list[TcpFlow] = []
         """Flows that used their budget up and have more to send."""
+        self.delayed: deque[TcpFlow] = deque()
+        """Flows whose ACK waits for an answer to carry it, in order of time."""
         self.unacknowledged: list[TcpFlow] = []
         """Flows to acknowledge at the end of the turn; one may be in it more than once."""
         self.services: dict[tuple[bytes, int], Callable[[Any, Endpoint], None]] = {}
@@ -120,21 +123,11 @@ class TcpProxy:
         self._stale_timers = 0
         self._secret = rng.randbytes(16)
         self._time_wait: dict[bytes, _TimeWait] = {}
-        self._scratch: dict[int, tuple[bytearray, memoryview, memoryview]] = {}
         self._bursts: dict[tuple[int, int], Burst] = {}
         self._dial_port = rng.randrange(49152, 65536)
         self._resolving: dict[bytes, list[TcpFlow]] = {}
 
     # What flows use.
-
-    def scratch(self, headroom: int) -> tuple[bytearray, memoryview, memoryview]:
-        """A buffer for one frame behind `headroom`: itself, a view of it, and a view of its payload place."""
-        found = self._scratch.get(headroom)
-        if found is None:
-            buffer = bytearray(headroom + HEADERS + 65536)
-            view = memoryview(buffer)
-            found = self._scratch[headroom] = buffer, view, view[headroom + HEADERS :]
-        return found
 
     def burst(self, headroom: int, mss: int) -> Burst:
         """The block for bursts of this shape; few shapes exist at a time, so few are kept."""
@@ -191,6 +184,16 @@ class TcpProxy:
         flows, self.unacknowledged = self.unacknowledged, []
         for flow in flows:
             flow.acknowledge()
+
+    def acknowledge_late(self, now: float) -> None:
+        """ACKs that waited in vain leave."""
+        delayed = self.delayed
+        for _ in range(len(delayed)):
+            if delayed[0].ack_due > now:
+                break
+            flow = delayed.popleft()
+            if flow.answer_late(now):
+                delayed.append(flow)
 
     # From the guest, the general way.
 
@@ -538,10 +541,11 @@ class TcpProxy:
 
     def deadline(self) -> float | None:
         """When `expire` has something to do; flows have timers of their own."""
+        when = self.delayed[0].ack_due if self.delayed else None
         for note in self._time_wait.values():
             # Notes are in order of time; a second more lets many go at once.
-            return note.until + 1.0
-        return None
+            return note.until + 1.0 if when is None else min(when, note.until + 1.0)
+        return when
 
     def _drop_stale_timers(self) -> None:
         """Entries of flows that have ended hold them in memory until their time; half the heap is too many (R4)."""
@@ -550,7 +554,8 @@ class TcpProxy:
         heapify(self._timers)
 
     def expire(self, now: float) -> None:
-        """Let old TIME-WAIT notes go."""
+        """Let old TIME-WAIT notes go, and ACKs that waited long enough."""
+        self.acknowledge_late(now)
         old: list[bytes] = []
         for key, note in self._time_wait.items():
             if note.until > now:

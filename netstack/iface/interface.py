@@ -325,9 +325,7 @@ class Interface:
             return False
         return not self._strict or self._leased(source)
 
-    def _ipv4(
-        self, port: Port, source_mac: bytes, body: memoryview, trusted: bool, for_many: bool, now: float
-    ) -> None:
+    def _ipv4(self, port: Port, source_mac: bytes, body: memoryview, trusted: bool, for_many: bool, now: float) -> None:
         header = ipv4.parse(body)
         data = body[: header.total_length]
         source, destination = header.source, header.destination

@@ -34,6 +34,7 @@ class Port:
         "_backlog",
         "_backlog_octets",
         "_link_send",
+        "_link_send_one",
         "_queue",
         "alive",
         "congested",
@@ -56,6 +57,7 @@ class Port:
     def __init__(self, link: Link, number: int, counters: Counters, identity: str | None = None) -> None:
         self.link = link
         self._link_send = link.send
+        self._link_send_one: Callable[[memoryview], object] = getattr(link, "send_one", None) or self._one_of_many
         self.number = number
         self.counters = counters
         self.identity = identity
@@ -116,12 +118,14 @@ class Port:
         counters = self.counters
         counters.frames_out += 1
         counters.octets_out += len(frame) - self.headroom
-        frames = ((frame,),)
         try:
-            if not self._link_send(frames):
-                self._send_later(frames)
+            if not self._link_send_one(frame):
+                self._send_later(((frame,),))
         except LinkDown as error:
             self.down(str(error))
+
+    def _one_of_many(self, frame: memoryview) -> int:
+        return self._link_send(((frame,),))
 
     def _send_later(self, frames: Sequence[Frame]) -> None:
         """The link is full: what it did not take waits."""

@@ -111,6 +111,14 @@ class TapLink:
             raise LinkDown(f"{self.name}: {error.strerror}") from error
         return taken
 
+    def send_one(self, frame: memoryview) -> bool:
+        """As `send` for one frame in one piece; whether it was taken."""
+        try:
+            os.write(self._fd, frame)
+        except OSError:
+            return self.send(((frame,),)) == 1
+        return True
+
     def flush(self) -> bool:
         return True
 

@@ -91,7 +91,8 @@ class Sender:
                 self.timed_seq = nxt
             self.max = nxt
         if not self.rto_at:
-            self.rto_at = now + self.rtt.current()
+            rtt = self.rtt
+            self.rto_at = now + (rtt.current() if rtt.backoff else rtt.rto)
             self.progress_at = now
 
     def acknowledge(self, ack: int, now: float) -> int:
