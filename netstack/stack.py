@@ -103,6 +103,7 @@ class Stack:
             {1: self.icmp.input, 6: self.tcp.input, 17: self.udp.input},
             self._dhcp,
             lambda kind, code, packet, now: self.output.icmp_error(kind, code, packet, now=now),
+            self.tcp.open,
             self._learnt,
             lambda ip: self.leases.at(ip, self.clock()) is not None,
         )

@@ -56,6 +56,9 @@ _UNREACHABLE: Final = {
 """ICMP destination-unreachable codes for what a host connect says (RFC 792); EACCES and EPERM are 13 (RFC 1812)."""
 _STALE_TIMERS: Final = 1024
 _IN_PROGRESS: Final = frozenset((errno.EINPROGRESS, errno.EALREADY, errno.EINTR))
+_CONNECTED: Final = frozenset((0, errno.EISCONN))
+_SELF_CONNECT_PORTS: Final = 1024
+"""Ports from which the kernel may choose a source port of its own."""
 _DESCRIPTORS: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 
 
@@ -231,9 +234,9 @@ class TcpProxy:
                 if flags & FIN or header.payload_at < len(segment) or header.seq != waiting.ack:
                     self._answer_time_wait(neighbour, key, waiting)
                 return
-            del self._time_wait[key]
         if flags & SYN and not flags & ACK:
-            self._open(packet, neighbour, key, header, now)
+            options = segment[wire.HEADER_LENGTH : header.payload_at]
+            self.open(neighbour, key, header.seq, header.window, options, packet.data)
             return
         self.counters.drops[Drop.TCP_NO_FLOW] += 1
         self._reset_stray(neighbour, key, header, len(segment) - header.payload_at)
@@ -262,27 +265,31 @@ class TcpProxy:
 
     # Guest opens.
 
-    def _open(self, packet: Packet, neighbour: Neighbour, key: bytes, header: wire.Segment, now: float) -> None:
-        destination = Endpoint(packet.destination, header.destination_port)
+    def open(
+        self, neighbour: Neighbour, key: bytes, seq: int, window: int, options: memoryview, quoted: memoryview
+    ) -> None:
+        """A guest's SYN for no flow: `quoted` is its packet, checked, and `options` those of TCP. HOT PATH of connects."""
+        self._time_wait.pop(key, None)  # a new SYN opens a new connection there (T17)
+        address = key[4:8]
+        port = int.from_bytes(key[10:12], "big")
         if not self.accepting or len(self.flows) >= self.limits.max_flows:
             self.counters.drops[Drop.TCP_LIMIT] += 1
-            self._refuse(packet, neighbour, key, header, "too many flows")
+            self._refuse(neighbour, key, seq, "too many flows")
             return
-        service = self.services.get((destination.address, destination.port))
-        target = destination
+        service = self.services.get((address, port))
+        target: Endpoint | None = None
         if service is None:
-            decision = self._egress.decide(6, destination.address, destination.port)
+            decision = self._egress.decide(6, address, port)
             if isinstance(decision, Deny):
                 self.counters.drops[Drop.POLICY] += 1
-                if decision.answer is Answer.PROHIBITED and destination.address[0] == 127:
+                if decision.answer is Answer.PROHIBITED and address[0] == 127:
                     # A RST from there would be a martian, which the guest's kernel ignores.
-                    self.output.icmp_error(3, decision.answer.value, packet, now=now)
+                    self.output.icmp_quoting(3, decision.answer.value, quoted, neighbour, now=self.now)
                 elif decision.answer is not Answer.SILENT:
-                    self._refuse(packet, neighbour, key, header, decision.reason)
+                    self._refuse(neighbour, key, seq, decision.reason)
                 return
             if isinstance(decision, Rewrite):
                 target = decision.endpoint
-        options = wire.parse_options(packet.payload[wire.HEADER_LENGTH : header.payload_at])
         try:
             if service is not None:
                 sock, other = socket.socketpair()
@@ -292,40 +299,40 @@ class TcpProxy:
                 sock = self.io.socket(socket.AF_INET, socket.SOCK_STREAM)
         except OSError as error:
             self.counters.drops[Drop.DESCRIPTORS] += 1
-            self._refuse(packet, neighbour, key, header, f"no socket: {error.strerror}")
+            self._refuse(neighbour, key, seq, f"no socket: {error.strerror}")
             return
-        flow = TcpFlow(self, key, neighbour, sock, inbound=False, now=now)
-        flow.syn = (header.seq, header.window, options)
+        flow = TcpFlow(self, key, neighbour, sock, inbound=False, now=self.now)
+        flow.syn = (seq, window, wire.parse_options(options))
         self.flows[key] = flow
         if service is not None:
             self._connected(flow)
-            service(other, Endpoint(packet.source, header.source_port))
+            service(other, Endpoint(key[:4], int.from_bytes(key[8:10], "big")))
             return
         try:
             _prepare(sock)
-            address = (target.text, target.port)
-            result = sock.connect_ex(address)
+            where = (socket.inet_ntoa(address), port) if target is None else (target.text, target.port)
+            result = sock.connect_ex(where)
             if result in _IN_PROGRESS:
                 # On loopback the second call already knows; that saves a turn of the loop.
-                result = sock.connect_ex(address)
-            if result in (0, errno.EISCONN) and sock.getsockname() == address:
+                result = sock.connect_ex(where)
+            if result in _CONNECTED and port >= _SELF_CONNECT_PORTS and sock.getsockname() == where:
                 result = errno.ECONNREFUSED  # nobody listens: the socket has met itself (RFC 9293 3.5, both sides open)
         except OSError as error:
             result = error.errno or errno.EIO
-        if result in (0, errno.EISCONN):
+        if result in _CONNECTED:
             self._connected(flow)
-        elif result in _IN_PROGRESS:
-            try:
-                self.io.watch(sock.fileno(), flow.ready)
-            except OSError as error:
-                self.connect_failed(flow, error.errno or errno.EIO)
-                return
-            flow.watched = True
-            flow.quoted = bytes(packet.data[:60])
-            flow.dialling(now + self.timeouts.tcp_connect_s)
-        else:
-            flow.quoted = bytes(packet.data[:60])
+            return
+        flow.quoted = bytes(quoted[:60])
+        if result not in _IN_PROGRESS:
             self.connect_failed(flow, result)
+            return
+        try:
+            self.io.watch(sock.fileno(), flow.ready)
+        except OSError as error:
+            self.connect_failed(flow, error.errno or errno.EIO)
+            return
+        flow.watched = True
+        flow.dialling(self.now + self.timeouts.tcp_connect_s)
 
     def connected(self, flow: TcpFlow, mask: int) -> None:
         """A connect was pending and its socket is ready: it has succeeded or failed."""
@@ -400,20 +407,17 @@ class TcpProxy:
         if maker is not None and not flow.inbound:
             maker.port.put((maker.bare(0, (flow.syn[0] + 1) & MASK, RST | ACK, 0),))
 
-    def _refuse(self, packet: Packet, neighbour: Neighbour, key: bytes, header: wire.Segment, reason: str) -> None:
+    def _refuse(self, neighbour: Neighbour, key: bytes, seq: int, reason: str) -> None:
+        """RST for a SYN that gets no flow."""
         self.counters.tcp_refused += 1
         maker = self._maker(neighbour, key)
         if maker is not None:
-            maker.port.put((maker.bare(0, (header.seq + 1) & MASK, RST | ACK, 0),))
+            maker.port.put((maker.bare(0, (seq + 1) & MASK, RST | ACK, 0),))
         if self._events.wanted:
+            guest = Endpoint(key[:4], int.from_bytes(key[8:10], "big"))
+            remote = Endpoint(key[4:8], int.from_bytes(key[10:12], "big"))
             self._events.emit(
-                FlowRefused(
-                    time=self.now,
-                    protocol="tcp",
-                    guest=str(Endpoint(packet.source, header.source_port)),
-                    remote=str(Endpoint(packet.destination, header.destination_port)),
-                    reason=reason,
-                )
+                FlowRefused(time=self.now, protocol="tcp", guest=str(guest), remote=str(remote), reason=reason)
             )
 
     # The host side opens.

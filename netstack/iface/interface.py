@@ -35,7 +35,8 @@ _FRAGMENT_AND_PROTOCOL: Final = 0xBFFF00FF
 """All but "don't fragment" and TTL."""
 _TCP: Final = 6
 _UDP: Final = 17
-_ICMP: Final = 1
+_TCP_FLAGS: Final = 0x3F
+_SYN: Final = 2
 _ANY: Final = bytes(4)
 _LIMITED_BROADCAST: Final = b"\xff\xff\xff\xff"
 
@@ -138,6 +139,7 @@ class Interface:
         handlers: Mapping[int, Handler],
         dhcp: Handler,
         refuse: Callable[[int, int, Packet, float], None],
+        tcp_open: Callable[[Neighbour, bytes, int, int, memoryview, memoryview], None],
         on_arp: Callable[[Neighbour], None],
         leased: Callable[[bytes], bool],
     ) -> None:
@@ -151,6 +153,7 @@ class Interface:
         self._handlers = handlers
         self._dhcp = dhcp
         self._refuse = refuse
+        self._tcp_open = tcp_open
         self._on_arp = on_arp
         self._leased = leased
         self._strict = network.strict_sources
@@ -195,6 +198,9 @@ class Interface:
                                 and ((partial and frame[0] & 3) or self._tcp_sum_good(frame, data_at, end, key))
                             ):
                                 flow.segment(frame, at, end, seq, ack, offset_flags, window)
+                                continue
+                        elif flow is None and offset_flags & _TCP_FLAGS == _SYN and protocol_ttl & 0xFF00 > 0x0100:
+                            if self._syn(port, frame, ip_at, ip_at + total, key, seq, offset_flags, window):
                                 continue
                     elif protocol == _UDP:
                         association = associations.get(key)
@@ -248,6 +254,28 @@ class Interface:
         counters = self._counters
         counters.frames_in += count
         counters.octets_in += (stride - port.headroom) * count
+
+    def _syn(
+        self, port: Port, frame: memoryview, ip_at: int, end: int, key: bytes, seq: int, offset_flags: int, window: int
+    ) -> bool:
+        """A SYN of a guest that is known by address, MAC and port; False when it must go the general way."""
+        neighbour = self._neighbours.get(key[:4])
+        if (
+            neighbour is None
+            or neighbour.port is not port
+            or self._strict
+            or not 0 < key[4] < 224
+            or key[4:8] in self._broadcasts
+            or frame[ip_at - 14 : ip_at - 2] != self._mac + neighbour.mac
+        ):
+            return False
+        options_end = ip_at + 20 + (offset_flags >> 10 & 0x3C)
+        if not ip_at + 40 <= options_end <= end:
+            return False
+        if not (port.partial and frame[0] & 3) and not self._tcp_sum_good(frame, ip_at + 20, end, key):
+            return False
+        self._tcp_open(neighbour, key, seq, window, frame[ip_at + 40 : options_end], frame[ip_at:end])
+        return True
 
     def _tcp_sum_good(self, frame: memoryview, at: int, end: int, key: bytes) -> bool:
         """TCP over pseudo-header (addresses are `key[:8]`) and the IPv4 header; the general way counts what is wrong."""
