@@ -43,9 +43,11 @@ ACK_OCTETS: Final = 128 << 10
 """Unacknowledged octets that are acknowledged before the turn is over; fewer wait for its end, and more may join them."""
 BURSTS: Final = 8
 """Super-frames (or bursts) a flow may send before the others have their turn."""
-_OWED_OCTETS: Final = 32 << 10
-_OWED_TURNS: Final = 32
-"""Acknowledged octets stay at the host socket until there are so many, or so many turns brought some: one call for all."""
+_OWED_TURNS: Final = 16
+_SMALL_TALK: Final = 2048
+"""While all that the host socket holds are small messages (so many octets since it was last empty), acknowledged ones are
+discarded once in so many turns, one call for all. A single octet left of a large one could keep its whole buffer and so
+close the window of the sender: such flows discard at each acknowledgement."""
 _IOV_MAX: Final = 1000
 _RESET: Final = struct.pack("ii", 1, 0)  # SO_LINGER on, 0 s: close sends RST
 _TIME_WAIT: Final = State.TIME_WAIT
@@ -77,6 +79,7 @@ class TcpFlow:
         "_source",
         "_spoke",
         "_stored",
+        "_talk",
         "_unacked",
         "_waiting",
         "ack_due",
@@ -145,6 +148,7 @@ class TcpFlow:
         self._acked = False
         self._unacked = 0
         self._owed = 0
+        self._talk = True
         self._ack_at = 0.0
         self.ack_due = 0.0
         """When the proxy looks at the delayed ACK; 0 when it is not among the delayed."""
@@ -303,10 +307,15 @@ class TcpFlow:
         snd = conn.snd
         self._acked = False
         self._owed += 1
-        if self._owed >= _OWED_TURNS or (snd.una - self._base) & MASK >= _OWED_OCTETS:
+        held = (snd.max - self._base) & MASK
+        if held > _SMALL_TALK:
+            self._talk = False
+        if not self._talk or self._owed >= _OWED_TURNS:
             self._discard(conn)
             if self.end:
                 return
+            if self._base == snd.max:
+                self._talk = True
         if self.readable or snd.nxt != snd.max or snd.fin_at is not None:
             self.pump()
 
