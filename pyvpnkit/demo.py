@@ -172,7 +172,8 @@ class Tour:
         self._worker = worker
         self._guest = guest
         self._lease: Lease | None = None
-        self._failed: list[str] = []
+        self.failed: list[str] = []
+        """Names of the steps that did not work."""
 
     async def run(self) -> list[str]:
         """All steps; returns the names of those that failed."""
@@ -188,7 +189,7 @@ class Tour:
             await self.step("download", self._show_download)
             await self.step("counters", self._show_counters)
             await self.step("capture", self._show_capture)
-        return self._failed
+        return self.failed
 
     async def step(self, name: str, show: Callable[[], Awaitable[str]]) -> bool:
         """One step; whether it worked."""
@@ -197,7 +198,7 @@ class Tour:
                 text = await show()
         except (Failed, OSError, NetstackError) as error:  # TimeoutError is an OSError
             text = f"took more than {STEP_S:g} s" if isinstance(error, TimeoutError) else str(error)
-            self._failed.append(name)
+            self.failed.append(name)
             self._line("[bold red]FAILED[/]", name, text)
             return False
         self._line("[green]ok[/]", name, text)

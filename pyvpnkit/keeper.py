@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -176,5 +177,8 @@ def execute(command: Sequence[str]) -> int:
     try:
         os.execvp(command[0], list(command))
     except OSError as error:
-        print(f"pyvpnkit shell: {command[0]}: {error.strerror}", file=sys.stderr)
-        return 127 if isinstance(error, FileNotFoundError) else 126
+        # A directory of PATH that may not be read would hide that there is no such program anywhere.
+        missing = isinstance(error, FileNotFoundError) or shutil.which(command[0], os.F_OK) is None
+        why = "not found" if missing else error.strerror
+        print(f"pyvpnkit shell: {command[0]}: {why}", file=sys.stderr)
+        return 127 if missing else 126

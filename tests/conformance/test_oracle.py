@@ -186,7 +186,7 @@ def sequence_of_no_flow(oracle: Oracle) -> None:
         (sequence_beyond_window, "beyond the guest's window"),
         (sequence_same_identification, "identification"),
         (sequence_of_no_flow, "of no flow"),
-        (sequence_answers_an_old_syn, "of another SYN"),
+        (sequence_answers_an_old_syn, "with another ISN"),
     ],
 )
 def test_p3_a_sequence_that_breaks_a_rule_is_caught(sequence: Callable[[Oracle], None], rule: str) -> None:

@@ -66,6 +66,19 @@ def test_a_refusal_comes_at_once(site: Site) -> None:
     assert time.monotonic() - began < 1.0
 
 
+def test_a_closed_port_never_connects_to_itself(site: Site) -> None:
+    """A host socket whose own port happens to be the one it connects to on loopback would meet itself (RFC 9293 3.5, both
+    sides open): a scanner in the guest would find a port open that nobody serves.
+    """
+    site.host.sysctl("net.ipv4.ip_local_port_range", "20000 20001")
+    try:
+        for port in (20000, 20001) * 5:
+            with pytest.raises(ConnectionRefusedError), site.guest.connect(HOST, port):
+                pass
+    finally:
+        site.host.sysctl("net.ipv4.ip_local_port_range", "10000 60000")
+
+
 @pytest.mark.parametrize(
     ("address", "code"),
     [
@@ -240,7 +253,9 @@ async def test_two_thousand_flows_at_once(site: Site) -> None:
 
     server = await asyncio.start_server(handle, sock=listener)
     port = listener.getsockname()[1]
-    turns = asyncio.Semaphore(200)  # connects on their way; the guest's own limit is its backlog of neighbours and timers
+    turns = asyncio.Semaphore(
+        200
+    )  # connects on their way; the guest's own limit is its backlog of neighbours and timers
 
     async def one(number: int) -> bool:
         nonlocal opened

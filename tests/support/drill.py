@@ -118,6 +118,7 @@ class Drill:
         self.mtu = mtu
         self.offload = bool(self.link.partial_checksums)
         self.oracle = Oracle(mtu=mtu, tso=self.link.tso, headroom=self.link.headroom, vnet=self.offload)
+        self.link.on_receive = self.oracle.guest_sent
         self.check = check
         self.frames: list[tuple[float, bytes]] = []
         self.others: deque[Packet] = deque()
@@ -175,7 +176,6 @@ class Drill:
     def queue(self, frame: bytes, header: bytes | None = None) -> None:
         """As `inject`, but the stack finds it only at its next turn: several make a batch."""
         self._log(frame)
-        self.oracle.guest_sent(frame)
         self.link.feed(frame, header)
 
     def _log(self, frame: bytes) -> None:

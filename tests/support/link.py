@@ -38,6 +38,8 @@ class MemoryLink:
         """Frames the stack sent, headroom included."""
         self.on_send: Callable[[bytes], None] | None = None
         """Called with each sent frame instead of keeping it in `sent`."""
+        self.on_receive: Callable[[bytes], None] | None = None
+        """Told of each frame, without headroom, when the stack takes it."""
         self.room: int | None = None
         """Frames the peer still takes; `None` for any number."""
         self.down: str | None = None
@@ -65,7 +67,10 @@ class MemoryLink:
         if self.down is not None:
             raise LinkDown(self.down)
         while self._waiting and len(self._lent) < BATCH:
-            self._lent.append(bytearray(self._waiting.popleft()))
+            octets = self._waiting.popleft()
+            if self.on_receive is not None:
+                self.on_receive(octets[self.headroom :])
+            self._lent.append(bytearray(octets))
         return [memoryview(buffer) for buffer in self._lent]
 
     def send(self, frames: Sequence[Frame]) -> int:
@@ -156,10 +161,21 @@ class StreamMemoryLink(QemuLink):
         self.pipe = _Pipe()
         super().__init__(self.pipe, name, mtu)  # type: ignore[arg-type]
         self.on_send: Callable[[bytes], None] | None = None
+        self.on_receive: Callable[[bytes], None] | None = None
+        self._fed: list[bytes] = []
         self._sent: deque[bytes] = deque()
 
     def feed(self, frame: bytes, header: bytes | None = None) -> None:
         self.pipe.waiting += struct.pack(">I", len(frame)) + frame
+        if self.on_receive is not None:
+            self._fed.append(frame)
+
+    def _fill(self) -> None:
+        fed, self._fed = self._fed, []
+        for frame in fed:
+            if self.on_receive is not None:
+                self.on_receive(frame)
+        super()._fill()
 
     @property
     def sent(self) -> deque[bytes]:

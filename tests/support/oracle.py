@@ -81,7 +81,7 @@ class Oracle:
         self.gateway_mac, self.gateway, self.prefix = gateway_mac, gateway, prefix
         self.macs: set[bytes] = set()
         self.flows: dict[bytes, _Flow] = {}
-        self.syns: dict[bytes, tuple[int, int | None, int, int, bool, int]] = {}
+        self.syns: dict[bytes, dict[int, tuple[int | None, int, int, bool, int]]] = {}  # by key and ISN
         self.parts: dict[bytes, dict[int, tuple[bytes, bool]]] = {}
         self.idents: deque[bytes] = deque(maxlen=64)
         self.guest_errors: deque[bytes] = deque(maxlen=256)
@@ -109,7 +109,7 @@ class Oracle:
         flags = offset_flags & 0xFF
         key = frame[26:34] + sport_dport
         length = max(len(body) - (offset_flags >> 12) * 4, 0)
-        if flags & SYN and not flags & RST:
+        if flags & SYN and not flags & (RST | FIN):
             mss, shift, sack = 536, None, False
             for kind, value in self._options(body[20 : (offset_flags >> 12) * 4], strict=False):
                 if kind == 2 and len(value) == 2 and any(value):
@@ -121,7 +121,11 @@ class Oracle:
                     sack = True
             flow = self.flows.get(key)
             if flow is None or flow.isn is not None or flow.dead:
-                self.syns[key] = (seq, shift, mss, window, sack, length + bool(flags & FIN))
+                asked = self.syns.setdefault(key, {})
+                if not flags & ACK:
+                    asked.setdefault(seq, (shift, mss, window, sack, length + bool(flags & FIN)))
+                if len(asked) > 64:
+                    del asked[next(iter(asked))]
             else:  # the answer to our SYN, or crossing it
                 flow.isn, flow.guest_shift, flow.guest_mss, flow.sack_permitted = seq, shift, mss, sack
                 flow.guest_end = (seq + 1 + length) & MASK
@@ -129,14 +133,18 @@ class Oracle:
         flow = self.flows.get(key)
         if flow is None or flow.isn is None:
             return
-        end = (seq + length + bool(flags & FIN)) & MASK
-        if not flags & RST and 0 < _ahead(end, flow.guest_end) < 1 << 30:
+        end = (seq + length + bool(flags & FIN) + bool(flags & SYN)) & MASK
+        if flow.right is not None and _ahead(end, flow.right) > 0:
+            end = flow.right  # beyond it nothing counts as sent
+        if not flags & RST and _ahead(end, flow.guest_end) > 0:
             flow.guest_end = end
         if flags & ACK and not flags & RST:
             scale = 0 if flags & SYN or flow.our_shift is None else flow.guest_shift or 0
             right = (ack + (window << scale)) & MASK
             top = (flow.iss + 1 + len(flow.stream) + 1) & MASK
-            if _ahead(top, ack) >= 0 and (flow.guest_right is None or _ahead(right, flow.guest_right) > 0):
+            if 0 <= _ahead(top, ack) <= len(flow.stream) + 2 and (
+                flow.guest_right is None or _ahead(right, flow.guest_right) > 0
+            ):
                 flow.guest_right = right
             flow.guest_ack = ack
 
@@ -314,7 +322,7 @@ class Oracle:
         _need(not flags & URG and not urgent, "tcp: urgent")
         _need(bin(flags & (SYN | FIN | RST)).count("1") <= 1, "tcp: flags", hex(flags))
         _need(flags & (ACK | SYN | RST), "tcp: no flags")
-        _need(sport and dport, "tcp: port 0")
+        _need(sport or flags & RST, "tcp: port 0")  # who asks from port 0 is answered there
         payload = segment[head:]
         options = dict(self._options(segment[20:head], strict=True))
         key = packet[16:20] + packet[12:16] + segment[2:4] + segment[:2]
@@ -333,6 +341,8 @@ class Oracle:
         _need(not flow.dead, "tcp: a segment after our RST")
         _need(flow.isn is not None, "tcp: a segment before the guest's SYN")
         self._numbers(flow, seq, ack, bool(flags & FIN), payload, gso, head)
+        if flow.our_shift is not None and flow.guest_shift is not None:
+            flow.shift = flow.our_shift
         self._edge(flow, ack, window << flow.shift)
         if 5 in options:
             self._sack(flow, ack, options[5])
@@ -347,14 +357,15 @@ class Oracle:
         flow = self.flows.get(key)
         offered = options[3][0] if 3 in options else None
         if flags & ACK:
-            if key in self.syns and (flow is None or (flow.isn != self.syns[key][0])):
-                isn, shift, mss, guest_window, sack, length = self.syns.pop(key)
-                _need(ack == (isn + 1) & MASK, "tcp: SYN-ACK of another SYN", ack, isn)
+            isn = (ack - 1) & MASK
+            asked = self.syns.get(key, {})
+            if isn in asked and (flow is None or flow.isn != isn or flow.dead or seq != flow.iss):
+                shift, mss, guest_window, sack, length = asked[isn]
+                self.syns[key] = {}
                 flow = self.flows[key] = _Flow(seq, isn)
                 flow.guest_shift, flow.guest_mss, flow.sack_permitted = shift, mss, sack
                 flow.guest_end = (isn + 1 + length) & MASK
                 flow.guest_right = (seq + 1 + guest_window) & MASK
-            self.syns.pop(key, None)
             _need(flow is not None, "tcp: a SYN-ACK nobody asked for")
             assert flow is not None and flow.isn is not None
             _need(seq == flow.iss, "tcp: SYN-ACK with another ISN", seq, flow.iss)
@@ -369,7 +380,8 @@ class Oracle:
         if offered is not None:
             _need(offered <= 14, "tcp: window scale", offered)
         flow.our_shift = offered
-        if flow.isn is not None:
+        if flow.isn is not None and (flow.right is None or _ahead((ack + window) & MASK, flow.right) > 0):
+            # A repeated SYN-ACK cannot tell a scaled window again that an ACK told meanwhile.
             self._edge(flow, ack, window)
 
     def _numbers(self, flow: _Flow, seq: int, ack: int, fin: bool, payload: bytes, gso: int, head: int) -> None:
@@ -407,8 +419,6 @@ class Oracle:
         if flow.right is not None:
             _need(_ahead(right, flow.right) >= 0, "tcp: the right edge shrinks", right, flow.right)
         flow.ack, flow.right = ack, right
-        if flow.our_shift is not None and flow.guest_shift is not None:
-            flow.shift = flow.our_shift
 
     def _sack(self, flow: _Flow, ack: int, value: bytes) -> None:
         _need(flow.sack_permitted, "tcp: SACK not permitted")

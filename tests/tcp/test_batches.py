@@ -156,7 +156,10 @@ def test_flows_in_one_batch_do_not_mix(drill: Callable[..., Drill], link: str) -
     d = drill(link=link)
     flows = [d.open() for _ in range(5)]
     rng = random.Random(1)
-    sent = {id(f): bytearray() for f in flows}
+    sent = {id(f): bytearray(b"open") for f in flows}
+    for f in flows:
+        d.guest(f, ".", data=b"open")  # the answer tells the whole window
+    d.advance(0.05)
     for _ in range(10):
         for _ in range(60):
             f = rng.choice(flows)

@@ -196,6 +196,21 @@ def test_t08_a_wrong_ack_in_syn_received_is_answered_rst_and_the_right_one_still
     assert d.host(f).received == b"still here"
 
 
+def test_t08_an_unacceptable_segment_with_the_right_ack_does_not_stop_the_handshake(d: Drill) -> None:
+    f = d.flow()
+    d.syn(f)
+    synack = d.expect(f, "S.")
+    d.guest(f, ".", seq=f.snd + (1 << 30), ack=synack.seq + 1)  # out of the window
+    d.collect(f)
+    again = d.expect(f, "S.", within=2.0)
+    assert again.seq == synack.seq, "the SYN-ACK is still being sent again"
+    f.iss, f.rcv, f.synack = synack.seq, (synack.seq + 1) & MASK, synack
+    d.guest(f, ".")
+    d.guest(f, ".", data=b"open")
+    d.collect(f, within=0.05)
+    assert d.host(f).received == b"open"
+
+
 def test_t09_data_in_the_ack_of_the_handshake_is_delivered(d: Drill) -> None:
     f = d.flow()
     d.syn(f)
