@@ -315,7 +315,7 @@ class Oracle:
         return found
 
     def _tcp(self, packet: bytes, segment: bytes, gso: int) -> None:
-        sport, dport, seq, ack, offset_flags, window, _check, urgent = struct.unpack_from("!HHIIHHHH", segment)
+        sport, _dport, seq, ack, offset_flags, window, _check, urgent = struct.unpack_from("!HHIIHHHH", segment)
         head, flags = offset_flags >> 12 << 2, offset_flags & 0xFFF
         _need(20 <= head <= len(segment), "tcp: data offset", head)
         _need(not flags & ~0x3F, "tcp: reserved or ECN bits", hex(flags))
