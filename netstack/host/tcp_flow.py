@@ -43,7 +43,7 @@ ACK_OCTETS: Final = 128 << 10
 """Unacknowledged octets that are acknowledged before the turn is over; fewer wait for its end, and more may join them."""
 BURSTS: Final = 8
 """Super-frames (or bursts) a flow may send before the others have their turn."""
-_OWED_TURNS: Final = 16
+_OWED_TURNS: Final = 1
 _SMALL_TALK: Final = 2048
 """While all that the host socket holds are small messages (so many octets since it was last empty), acknowledged ones are
 discarded once in so many turns, one call for all. A single octet left of a large one could keep its whole buffer and so

@@ -283,7 +283,7 @@ def test_f3_a_guest_that_comes_back_on_another_link_goes_on(d: Drill) -> None:
     link = MemoryLink("memory:1")
     d.io.adopt(link)
     d.stack.attach(link)
-    d.link = link
+    d.use(link)
     d.learn(GUEST, f.mac)
     d.advance(10.0)
     d.collect(f)

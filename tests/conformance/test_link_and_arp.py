@@ -315,3 +315,11 @@ def test_g15_guest_sources_that_cannot_be_are_dropped(d: Drill) -> None:
         assert sum(d.stack.counters.drops.values()) >= before + 3, source
     d.expect_none(0.5)
     assert not d.io.datagrams and not d.io.connects
+
+
+def test_g15_a_packet_from_its_own_destination_is_dropped(d: Drill) -> None:
+    """LAND: whoever answers it talks to himself."""
+    for flags in (packets.SYN, packets.ACK):
+        d.ip(6, packets.tcp(GUEST, GUEST, 80, 80, 1, 1, flags), dst=GUEST)
+    d.ip(17, packets.udp(GUEST, GUEST, 7, 7, b"x"), dst=GUEST)
+    d.expect_none(0.5)

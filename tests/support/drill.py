@@ -41,7 +41,7 @@ from tests.support import packets
 from tests.support.clock import VirtualClock
 from tests.support.fake_host import Accept, Address, FakeHostIO, FakeSocket, Outcome, Peer
 from tests.support.link import make_link
-from tests.support.oracle import Oracle
+from tests.support.oracle import Oracle, Violation
 from tests.support.packets import ACK, FIN, IPV4, MASK, PSH, RST, SYN, Packet, Segment, ip
 
 GUEST_MAC = bytes.fromhex("02000000aa03")
@@ -118,7 +118,9 @@ class Drill:
         self.mtu = mtu
         self.offload = bool(self.link.partial_checksums)
         self.oracle = Oracle(mtu=mtu, tso=self.link.tso, headroom=self.link.headroom, vnet=self.offload)
-        self.link.on_receive = self.oracle.guest_sent
+        self._out: deque[bytes] = deque()
+        self._violation: Violation | None = None
+        self.use(self.link)
         self.check = check
         self.frames: list[tuple[float, bytes]] = []
         self.others: deque[Packet] = deque()
@@ -130,6 +132,21 @@ class Drill:
         self.settle()
         if resolve:
             self.learn(GUEST, GUEST_MAC)
+
+    def use(self, link: Any) -> None:
+        """Speak through `link` from here on (the caller attaches it)."""
+        self.link = link
+        link.on_receive = self.oracle.guest_sent
+        link.on_send = self._emitted_frame
+
+    def _emitted_frame(self, raw: bytes) -> None:
+        """The oracle sees frames at the moment they leave; the stack would contain what it raises, so `_collect` does."""
+        self._out.append(raw)
+        if self.check and self._violation is None:
+            try:
+                self.oracle.stack_sent(raw)
+            except Violation as violation:
+                self._violation = violation
 
     # time
 
@@ -183,14 +200,15 @@ class Drill:
             self.frames.append((self.clock.now, frame))
 
     def _collect(self) -> None:
-        while self.link.sent:
-            raw = self.link.sent.popleft()
+        while self._out:
+            raw = self._out.popleft()
             self.emitted += 1
             frame = raw[self.link.headroom :]
             self._log(frame)
-            if self.check:
-                self.oracle.stack_sent(raw)
             self._sort(raw, frame)
+        violation, self._violation = self._violation, None
+        if violation is not None:
+            raise violation
 
     def _sort(self, raw: bytes, frame: bytes) -> None:
         packet = packets.read_ipv4(frame)

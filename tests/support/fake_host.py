@@ -670,7 +670,7 @@ class FakeHostIO:
         self.outcomes[address] = outcome
 
     def outcome(self, address: Address) -> Outcome:
-        return self.outcomes.get(address, self.default)
+        return Refuse() if not address[1] else self.outcomes.get(address, self.default)
 
     def fail(self, call: str, nth: int, code: int) -> None:
         """The `nth` use (from 1, counted from now) of `call` fails with `code`."""

@@ -81,7 +81,7 @@ class Oracle:
         self.gateway_mac, self.gateway, self.prefix = gateway_mac, gateway, prefix
         self.macs: set[bytes] = set()
         self.flows: dict[bytes, _Flow] = {}
-        self.syns: dict[bytes, dict[int, tuple[int | None, int, int, bool, int]]] = {}  # by key and ISN
+        self.syns: dict[bytes, dict[int, list[tuple[int | None, int, int, bool, int]]]] = {}  # by key and ISN
         self.parts: dict[bytes, dict[int, tuple[bytes, bool]]] = {}
         self.idents: deque[bytes] = deque(maxlen=64)
         self.guest_errors: deque[bytes] = deque(maxlen=256)
@@ -123,7 +123,7 @@ class Oracle:
             if flow is None or flow.isn is not None or flow.dead:
                 asked = self.syns.setdefault(key, {})
                 if not flags & ACK:
-                    asked.setdefault(seq, (shift, mss, window, sack, length + bool(flags & FIN)))
+                    asked.setdefault(seq, []).append((shift, mss, window, sack, length))
                 if len(asked) > 64:
                     del asked[next(iter(asked))]
             else:  # the answer to our SYN, or crossing it
@@ -360,7 +360,9 @@ class Oracle:
             isn = (ack - 1) & MASK
             asked = self.syns.get(key, {})
             if isn in asked and (flow is None or flow.isn != isn or flow.dead or seq != flow.iss):
-                shift, mss, guest_window, sack, length = asked[isn]
+                # One number asked twice with other options: the last SYN that fits what the answer takes up.
+                fits = [one for one in asked[isn] if (offered is None) == (one[0] is None) and (4 in options) == one[3]]
+                shift, mss, guest_window, sack, length = (fits or asked[isn])[-1]
                 self.syns[key] = {}
                 flow = self.flows[key] = _Flow(seq, isn)
                 flow.guest_shift, flow.guest_mss, flow.sack_permitted = shift, mss, sack
