@@ -143,18 +143,21 @@ class _Keeper:
 
 
 def _signal_all(*numbers: int) -> None:
-    """Signal every process below this one, until a look around finds no new one (they may be forking)."""
+    """Signal every process below this one, until a look around finds no new one (they may be forking).
+
+    Parents first: a shell that sees its child killed would say so.
+    """
     told: set[int] = set()
-    while new := descendants(os.getpid()) - told:
+    while new := [pid for pid in descendants(os.getpid()) if pid not in told]:
         for pid in new:
             for number in numbers:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, number)
-        told |= new
+        told.update(new)
 
 
-def descendants(pid: int) -> set[int]:
-    """The living processes below `pid`, as /proc tells."""
+def descendants(pid: int) -> list[int]:
+    """The living processes below `pid`, as /proc tells; parents before their children."""
     children: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
@@ -162,14 +165,14 @@ def descendants(pid: int) -> set[int]:
                 state, parent = file.read().rpartition(b")")[2].split()[:2]  # the name before may hold anything
                 if state not in (b"Z", b"X"):
                     children.setdefault(int(parent), []).append(int(name))
-    found: set[int] = set()
+    found: dict[int, None] = {}  # in order; a number may have been given out again while we looked
     waiting = [pid]
     while waiting:
         for child in children.get(waiting.pop(), ()):
             if child not in found:
-                found.add(child)
+                found[child] = None
                 waiting.append(child)
-    return found
+    return list(found)
 
 
 def execute(command: Sequence[str]) -> int:

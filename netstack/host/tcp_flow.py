@@ -507,11 +507,16 @@ class TcpFlow:
         """The host socket's edge-triggered event."""
         if self.end:
             return
-        if self.conn is None:
-            self._proxy.connected(self, mask)
-            return
         if mask & (READ_CLOSED | HANGUP | ERROR | URGENT):
             self._read_on = True
+        if self.conn is None:
+            if not self.inbound:
+                self._proxy.connected(self, mask)
+            elif mask & (ERROR | HANGUP):
+                self.finish("the client gave up", reset_host=False)
+            elif mask & (READ | READ_CLOSED | URGENT):
+                self.readable = True  # told once only, and the guest is still looked for
+            return
         if mask & WRITE and not self.writable:
             self._host_writable()
             if self.end:

@@ -264,6 +264,7 @@ class Interface:
             neighbour is None
             or neighbour.port is not port
             or self._strict
+            or key[:4] == key[4:8]
             or not 0 < key[4] < 224
             or key[4:8] in self._broadcasts
             or frame[ip_at - 14 : ip_at - 2] != self._mac + neighbour.mac
@@ -386,7 +387,8 @@ class Interface:
             self._drops[Drop.IPV4_SOURCE] += 1
             return
         first = destination[0]
-        if first >= 224 or first == 0 or destination in self._broadcasts:
+        # To its own source ("LAND"): an answer would make the guest talk to itself.
+        if first >= 224 or first == 0 or destination in self._broadcasts or destination == source:
             self._drops[Drop.IPV4_DESTINATION] += 1
             return
         if header.ttl <= 1 and destination not in self._own:

@@ -8,9 +8,10 @@ from collections.abc import Callable
 
 import pytest
 
+from netstack.api import Endpoint
 from tests.support import packets
-from tests.support.drill import GUEST, GUEST_MAC, SERVER, Drill, pattern
-from tests.support.fake_host import Accept, Never, Refuse
+from tests.support.drill import GUEST, GUEST_MAC, SERVER, Drill, Flow, pattern
+from tests.support.fake_host import Accept, Never, Peer, Refuse
 from tests.support.packets import ACK, MASK, RST, SYN
 
 # The guest opens.
@@ -559,17 +560,52 @@ def test_isn_differs_between_connections_and_is_not_a_counter(d: Drill) -> None:
     assert max(steps) > 1 << 24
 
 
-def test_l06_a_forward_to_a_guest_not_seen_yet_asks_for_it_first(drill: Callable[..., Drill]) -> None:
-    d = drill(resolve=False)
+def _dial_an_unknown_guest(d: Drill) -> Peer:
     sock, far = d.io.connected()
-    from netstack.api import Endpoint
-
     d.oracle.macs.add(GUEST_MAC)
     d.stack.dial(Endpoint(GUEST, 80), sock)
-    asked = d.take(-1)
-    assert asked.destination == GUEST
+    assert d.take(-1).destination == GUEST
+    return far
+
+
+def _arp_reply(d: Drill) -> None:
     reply = packets.arp(2, GUEST_MAC, GUEST, packets.ip("192.168.65.1"), packets.ip("192.168.65.1"))
     d.inject(packets.ether(bytes.fromhex("f61636bcf9c6"), GUEST_MAC, packets.ARP, reply))
+
+
+def test_l06_a_forward_to_a_guest_not_seen_yet_asks_for_it_first(drill: Callable[..., Drill]) -> None:
+    d = drill(resolve=False)
+    far = _dial_an_unknown_guest(d)
+    _arp_reply(d)
     syn = packets.read_tcp(d.take(packets.TCP))
     assert syn.flags == SYN and syn.dport == 80
     assert not far.aborted
+
+
+def test_l06_what_a_client_says_while_the_guest_is_looked_for_reaches_it(drill: Callable[..., Drill]) -> None:
+    """The socket tells of its octets once only, and there is no connection yet that could want them."""
+    d = drill(resolve=False)
+    far = _dial_an_unknown_guest(d)
+    far.send(b"GET /")
+    far.shutdown()
+    d.settle()
+    _arp_reply(d)
+    syn = packets.read_tcp(d.take(packets.TCP))
+    assert syn.flags == SYN
+    f = Flow(GUEST, syn.source, 80, syn.sport, 1000)
+    f.iss, f.rcv, f.far = syn.seq, (syn.seq + 1) & MASK, far
+    d.flows[f.key] = f
+    d.guest(f, "S.", seq=f.isn, ack=f.rcv, options=packets.mss_option(1460), window=65535, scaled=False)
+    f.snd = (f.isn + 1) & MASK
+    f.window = 65535
+    assert d.expect(f, "P.", seq=f.rcv, ack=f.snd).payload == b"GET /"
+    d.expect(f, "F.", seq=f.rcv, ack=f.snd)
+
+
+def test_l06_a_client_that_gives_up_while_the_guest_is_looked_for_is_let_go(drill: Callable[..., Drill]) -> None:
+    d = drill(resolve=False)
+    _dial_an_unknown_guest(d).reset()
+    d.settle()
+    _arp_reply(d)
+    d.expect_none(0.5)
+    assert not d.stack.tcp.flows
