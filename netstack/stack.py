@@ -106,6 +106,7 @@ class Stack:
             self.tcp.open,
             self._learnt,
             lambda ip: self.leases.at(ip, self.clock()) is not None,
+            self._contain_flow,
         )
         self._parts = (self.tcp, self.udp, self.icmp, self.reassembler, self.dhcp)
         self.on_detached: Callable[[Link, str], None] = lambda link, reason: None

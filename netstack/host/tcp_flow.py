@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Final
 from netstack.api import Endpoint
 from netstack.host.io import ERROR, HANGUP, READ, READ_CLOSED, URGENT, WRITE
 from netstack.host.octets import octets_of
-from netstack.host.tcp_frames import FrameMaker
+from netstack.host.tcp_frames import SMALL, FrameMaker
 from netstack.iface.neighbours import Neighbour
 from netstack.iface.switch import Port
 from netstack.tcp.connection import WINDOW_SHIFT, Connection, Event
@@ -43,17 +43,13 @@ ACK_OCTETS: Final = 128 << 10
 """Unacknowledged octets that are acknowledged before the turn is over; fewer wait for its end, and more may join them."""
 BURSTS: Final = 8
 """Super-frames (or bursts) a flow may send before the others have their turn."""
-_OWED_TURNS: Final = 1
-_SMALL_TALK: Final = 2048
-"""While all that the host socket holds are small messages (so many octets since it was last empty), acknowledged ones are
-discarded once in so many turns, one call for all. A single octet left of a large one could keep its whole buffer and so
-close the window of the sender: such flows discard at each acknowledgement."""
 _IOV_MAX: Final = 1000
 _RESET: Final = struct.pack("ii", 1, 0)  # SO_LINGER on, 0 s: close sends RST
 _TIME_WAIT: Final = State.TIME_WAIT
 _CLOSED: Final = State.CLOSED
 _NO_OPTIONS: Final = Options()
 _ACK_PSH: Final = ACK | PSH
+_READ_WRITE: Final = READ | WRITE
 
 
 class TcpFlow:
@@ -70,16 +66,15 @@ class TcpFlow:
         "_idle_octets",
         "_iov",
         "_iov_octets",
-        "_owed",
         "_pending",
         "_pending_octets",
         "_proxy",
         "_read_on",
+        "_said_at",
         "_shut_sent",
         "_source",
         "_spoke",
         "_stored",
-        "_talk",
         "_unacked",
         "_waiting",
         "ack_due",
@@ -147,8 +142,6 @@ class TcpFlow:
         self._stored: dict[int, bytes] = {}
         self._acked = False
         self._unacked = 0
-        self._owed = 0
-        self._talk = True
         self._ack_at = 0.0
         self.ack_due = 0.0
         """When the proxy looks at the delayed ACK; 0 when it is not among the delayed."""
@@ -156,6 +149,7 @@ class TcpFlow:
         self._connect_at = 0.0
         self._dialogue = _DIALOGUE
         self._spoke = False
+        self._said_at = 0.0
         self._shut_sent = False
         self._waiting = False
         self._full_window = 0
@@ -164,34 +158,80 @@ class TcpFlow:
     # From the guest.
 
     def segment(self, frame: memoryview, at: int, end: int, seq: int, ack: int, offset_flags: int, window: int) -> None:
-        """One segment: payload `frame[at:end]`, header fields as they came. Checksums are good."""
+        """One segment: payload `frame[at:end]`, header fields as they came. Checksums are good.
+
+        What is less than a whole segment is taken for a request and goes to the host here and now, the first of a turn at
+        least; all else is for `flush`.
+        """
         conn = self.conn
-        if conn is not None and conn.plain and offset_flags & 0xFFF7 == 0x5010:
-            rcv = conn.rcv
-            snd = conn.snd
-            length = end - at
-            if seq == rcv.nxt and length <= (rcv.right - seq) & MASK:
-                advance = (ack - snd.una) & MASK
-                window <<= snd.shift
-                if advance:
-                    if advance > (snd.max - snd.una) & MASK:
-                        self._slow_segment(frame, at, end, seq, ack, offset_flags, window >> snd.shift)
-                        return
-                    snd.acknowledge(ack, self._proxy.now)
-                    self._acked = True
-                    snd.wnd = window
-                elif window != snd.wnd or not window or (not length and snd.max != ack):
-                    self._slow_segment(frame, at, end, seq, ack, offset_flags, window >> snd.shift)
-                    return
-                if length:
-                    rcv.nxt = (seq + length) & MASK
-                    self._iov.append(frame[at:end])
-                    self._iov_octets += length
-                if not self.dirty:
-                    self.dirty = True
-                    self._proxy.dirty.append(self)
+        if conn is None or not conn.plain or offset_flags & 0xFFF7 != 0x5010:
+            self._slow_segment(frame, at, end, seq, ack, offset_flags, window)
+            return
+        rcv = conn.rcv
+        snd = conn.snd
+        length = end - at
+        if seq != rcv.nxt or length > (rcv.right - seq) & MASK:
+            self._slow_segment(frame, at, end, seq, ack, offset_flags, window)
+            return
+        wide = window << snd.shift
+        later = self.dirty
+        if ack != snd.una:
+            if (ack - snd.una) & MASK > (snd.max - snd.una) & MASK:
+                self._slow_segment(frame, at, end, seq, ack, offset_flags, window)
                 return
-        self._slow_segment(frame, at, end, seq, ack, offset_flags, window)
+            proxy = self._proxy
+            snd.acknowledge(ack, proxy.now)
+            snd.wnd = wide
+            if later or ack != snd.max or self.readable:
+                self._acked = later = True
+            else:
+                self._discard(conn)
+                if self.end:
+                    return
+        elif wide != snd.wnd or not window or (not length and snd.max != ack):
+            self._slow_segment(frame, at, end, seq, ack, offset_flags, window)
+            return
+        if length:
+            rcv.nxt = (seq + length) & MASK
+            if not later and length < snd.mss and self.writable and self._said_at != self._proxy.now:
+                self._say(conn, frame[at:end], length)
+                return
+            later = True
+            self._iov.append(frame[at:end])
+            self._iov_octets += length
+        if later and not self.dirty:
+            self.dirty = True
+            self._proxy.dirty.append(self)
+
+    def _say(self, conn: Connection, octets: memoryview, length: int) -> None:
+        """A request goes to the host."""
+        proxy = self._proxy
+        now = self._said_at = proxy.now
+        self.octets_out += length
+        self._unacked += length
+        self._spoke = True
+        snd = conn.snd
+        snd.wl1 = conn.rcv.nxt
+        snd.wl2 = snd.una
+        try:
+            sent = self.sock.send(octets)
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            self._host_failed(error)
+            return
+        if sent < length:
+            self.writable = False
+            self._keep(conn, [octets], length - sent, sent)
+            self.touch()
+        elif self._dialogue >= _DIALOGUE and self._unacked < snd.mss:
+            if not self._ack_at:
+                self._ack_at = now + DELAYED_ACK_S
+                if not self.ack_due:
+                    self.ack_due = self._ack_at
+                    proxy.delayed.append(self)
+        else:
+            proxy.unacknowledged.append(self)
 
     def train(
         self, view: memoryview, stride: int, count: int, at: int, length: int, seq: int, ack: int, window: int
@@ -303,19 +343,13 @@ class TcpFlow:
             self._arm(when)
 
     def _guest_acknowledged(self, conn: Connection) -> None:
-        """Let go of what the guest has, now and then, and send what the window now has room for."""
+        """Let go of what the guest has, at once (a single octet left of a large buffer would keep it all, and so close the
+        sender's window), and send what the window now has room for."""
         snd = conn.snd
         self._acked = False
-        self._owed += 1
-        held = (snd.max - self._base) & MASK
-        if held > _SMALL_TALK:
-            self._talk = False
-        if not self._talk or self._owed >= _OWED_TURNS:
-            self._discard(conn)
-            if self.end:
-                return
-            if self._base == snd.max:
-                self._talk = True
+        self._discard(conn)
+        if self.end:
+            return
         if self.readable or snd.nxt != snd.max or snd.fin_at is not None:
             self.pump()
 
@@ -507,6 +541,20 @@ class TcpFlow:
         """The host socket's edge-triggered event."""
         if self.end:
             return
+        conn = self.conn
+        if mask == _READ_WRITE and conn is not None and conn.plain and self.writable:
+            snd = conn.snd
+            if snd.una == snd.max and snd.wnd >= SMALL and snd.cwnd >= SMALL and snd.mss >= SMALL:
+                frames = self.frames
+                port = self.port
+                if (
+                    frames is not None
+                    and port is not None
+                    and not port.congested
+                    and frames.version == self.neighbour.version
+                ):
+                    self._answer(conn, frames, port)
+                    return
         if mask & (READ_CLOSED | HANGUP | ERROR | URGENT):
             self._read_on = True
         if self.conn is None:
@@ -533,6 +581,37 @@ class TcpFlow:
             when = self.conn.snd.rto_at
             if when and (not self.timer_at or when < self.timer_at) and not self.end:
                 self._arm(when)
+
+    def _answer(self, conn: Connection, frames: FrameMaker, port: Port) -> None:
+        """Something came from the host while nothing was outstanding: what is small leaves here and now."""
+        scratch, whole, _payload, small = frames.scratch
+        try:
+            count = self._source.take(small)
+        except OSError as error:
+            self._host_failed(error)
+            return
+        if count is None:
+            return
+        if 0 < count < SMALL:
+            proxy = self._proxy
+            now = proxy.now
+            snd, rcv = conn.snd, conn.rcv
+            nxt = snd.nxt
+            end = frames.finish(scratch, count, nxt, rcv.nxt, _ACK_PSH, self.window(conn))
+            self.octets_in += count
+            port.send_one(whole[:end])
+            if self._unacked or conn.ack_now:
+                self._acknowledged(conn)
+            snd.sent(count, now)
+            when = snd.rto_at
+            if not self.timer_at or when < self.timer_at:
+                proxy.arm(when, self)
+            return
+        self.readable = True  # more than that, or the end
+        self.pump()
+        when = conn.snd.rto_at
+        if when and not self.end:
+            self.rearm(when)
 
     def socket_error(self) -> int:
         """The error that waits at the host socket, as errno; 0 for none."""
@@ -574,7 +653,7 @@ class TcpFlow:
         source = self._source
         mss = snd.mss
         largest = port.tso // mss * mss if port.tso > mss else 0
-        scratch, whole, payload = frames.scratch
+        scratch, whole, payload, _small = frames.scratch
         budget = BURSTS
         while True:
             offset = (snd.nxt - self._base) & MASK
@@ -709,7 +788,6 @@ class TcpFlow:
 
     def _discard(self, conn: Connection) -> None:
         """What the guest acknowledged need not be kept."""
-        self._owed = 0
         snd = conn.snd
         count = (snd.una - self._base) & MASK
         if snd.fin_at is not None and distance(snd.fin_at, snd.una) > 0:
@@ -810,7 +888,7 @@ class TcpFlow:
         frames = self.maker()
         if frames is None:
             return
-        scratch, whole, payload = frames.scratch
+        scratch, whole, payload, _small = frames.scratch
         snd = conn.snd
         for seq, length in ranges:
             if not length:
@@ -945,7 +1023,7 @@ class TcpFlow:
             return
         self.end = reason
         sock = self.sock
-        if not reset_host and self._owed and self.conn is not None:
+        if not reset_host and self._acked and self.conn is not None:
             self.end = ""
             self._discard(self.conn)  # a socket closed with octets unread resets its peer
             if self.end:

@@ -28,6 +28,8 @@ _DF_TTL_TCP: Final = bytes((0, 0, 0x40, 0, 64, 6))
 _IPV4_CONSTANT_SUM: Final = 0x4500 + 0x4000 + 0x4006
 HEADERS: Final = 54
 """Ethernet, IPv4 and TCP without options."""
+SMALL: Final = 512
+"""Octets of an answer that is taken out of the host socket at once; a guest's MSS is hardly ever smaller."""
 _NEEDS_CHECKSUM: Final = 1
 _GSO_TCPV4: Final = 1
 _TCP_AT: Final = 34
@@ -46,10 +48,10 @@ def _packers(headroom: int, padding: int) -> tuple[Callable[..., None], Callable
 
 
 @cache
-def _scratch(headroom: int) -> tuple[bytearray, memoryview, memoryview]:
+def _scratch(headroom: int) -> tuple[bytearray, memoryview, memoryview, memoryview]:
     buffer = bytearray(headroom + HEADERS + 65536)
     view = memoryview(buffer)
-    return buffer, view, view[headroom + HEADERS :]
+    return buffer, view, view[headroom + HEADERS :], view[headroom + HEADERS : headroom + HEADERS + SMALL]
 
 
 @lru_cache(maxsize=64)
@@ -85,7 +87,8 @@ class FrameMaker:
         self.version = neighbour.version
         headroom = self.headroom = port.headroom
         self.scratch = _scratch(headroom)
-        """A buffer for one frame, a view of it, and a view of its payload place; whoever fills it sends it at once."""
+        """A buffer for one frame, and views: all of it, its payload place, and that of a small payload. Whoever fills it
+        sends it at once."""
         self.partial = port.partial
         guest, remote = key[:4], key[4:8]
         self._addresses = remote + guest + key[10:12] + key[8:10]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import ipaddress
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from netstack.errors import Malformed
 from netstack.iface.neighbours import Neighbour, Neighbours
@@ -142,6 +142,7 @@ class Interface:
         tcp_open: Callable[[Neighbour, bytes, int, int, memoryview, memoryview], None],
         on_arp: Callable[[Neighbour], None],
         leased: Callable[[bytes], bool],
+        contain: Callable[[Any, Exception], None],
     ) -> None:
         self._counters = counters
         self._drops = counters.drops
@@ -156,6 +157,7 @@ class Interface:
         self._tcp_open = tcp_open
         self._on_arp = on_arp
         self._leased = leased
+        self._contain = contain
         self._strict = network.strict_sources
         self._mac = network.gateway_mac_bytes
         self._own = {network.gateway_bytes}
@@ -197,7 +199,10 @@ class Interface:
                                 and at <= end
                                 and ((partial and frame[0] & 3) or self._tcp_sum_good(frame, data_at, end, key))
                             ):
-                                flow.segment(frame, at, end, seq, ack, offset_flags, window)
+                                try:
+                                    flow.segment(frame, at, end, seq, ack, offset_flags, window)
+                                except Exception as error:  # contained: this flow, and the batch goes on
+                                    self._contain(flow, error)
                                 continue
                         elif flow is None and offset_flags & _TCP_FLAGS == _SYN and protocol_ttl & 0xFF00 > 0x0100:
                             if self._syn(port, frame, ip_at, ip_at + total, key, seq, offset_flags, window):
