@@ -179,6 +179,7 @@ class Stack:
             port.down(str(error))
             return
         if frames:
+            self.tcp.batch += 1
             try:
                 take(port, frames, self.tcp.now)
             except Exception as error:  # contained: one batch, not the network

@@ -2,9 +2,10 @@
 
 `HostIO` is a seam of two parts. `socket` makes a non-blocking, close-on-exec socket; tests hand in one whose sockets are
 played by a script, fault tests one that fails at the n-th call. `watch` registers a descriptor *once*, edge-triggered for
-reading, writing and peer shutdown (or level-triggered for reading, as links want it), with the function to call; `poll`
-returns what is ready. On Linux that is one private `epoll`, elsewhere `kqueue`; the whole set is a single descriptor in the
-asyncio loop, which costs 30 % less CPU per connection than a reader per socket (spec dataplane A).
+reading and peer shutdown (or level-triggered for reading, as links want it), with the function to call; writing is added
+when a socket was full for the first time, which most never are. `poll` returns what is ready. On Linux that is one private
+`epoll`, elsewhere `kqueue`; the whole set is a single descriptor in the asyncio loop, which costs 30 % less CPU per
+connection than a reader per socket (spec dataplane A).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ HANGUP: Final = 16
 READ_CLOSED: Final = 0x2000
 """The peer will send no more (EPOLLRDHUP)."""
 
-_EDGE: Final = 1 << 31
+_EDGES: Final = READ | URGENT | READ_CLOSED | 1 << 31  # EPOLLET
 _FLAGS: Final = getattr(socket, "SOCK_NONBLOCK", 0) | getattr(socket, "SOCK_CLOEXEC", 0)
 
 Ready: TypeAlias = Callable[[int], None]
@@ -39,8 +40,13 @@ class HostIO(Protocol):
         """A new non-blocking socket (the methods of `socket.socket` that the stack uses). Raises `OSError`."""
         ...
 
-    def watch(self, fd: int, ready: Ready, *, edge: bool = True) -> None:
-        """Call `ready(mask)` when `fd` becomes readable, writable or closed; `edge=False`: while it is readable."""
+    def watch(self, fd: int, ready: Ready, *, edge: bool = True, write: bool = False) -> None:
+        """Call `ready(mask)` when `fd` becomes readable or closed, with `write` also when it becomes writable;
+        `edge=False`: while it is readable."""
+        ...
+
+    def watch_write(self, fd: int) -> None:
+        """For a descriptor watched at its edges: call from now on also when it becomes writable (or is by now)."""
         ...
 
     def want_write(self, fd: int, wanted: bool) -> None:
@@ -98,10 +104,12 @@ class EpollIO:
         # The class in C: what `socket.socket` adds costs 2 µs per connection and nothing here uses it.
         return _within(_socket.socket(family, kind | _FLAGS, protocol), self._highest)
 
-    def watch(self, fd: int, ready: Ready, *, edge: bool = True) -> None:
-        mask = READ | URGENT | WRITE | READ_CLOSED | _EDGE if edge else READ
-        self._epoll.register(fd, mask)
+    def watch(self, fd: int, ready: Ready, *, edge: bool = True, write: bool = False) -> None:
+        self._epoll.register(fd, (_EDGES | WRITE if write else _EDGES) if edge else READ)
         self._ready[fd] = ready
+
+    def watch_write(self, fd: int) -> None:
+        self._epoll.modify(fd, _EDGES | WRITE)
 
     def want_write(self, fd: int, wanted: bool) -> None:
         if fd in self._ready:
@@ -145,13 +153,17 @@ class KqueueIO:
         if sys.platform != "linux":
             self._kqueue.control([select.kevent(fd, kind, flags)], 0)
 
-    def watch(self, fd: int, ready: Ready, *, edge: bool = True) -> None:
+    def watch(self, fd: int, ready: Ready, *, edge: bool = True, write: bool = False) -> None:
         if sys.platform != "linux":
             clear = select.KQ_EV_ADD | (select.KQ_EV_CLEAR if edge else 0)
             self._change(fd, select.KQ_FILTER_READ, clear)
-            if edge:
+            if write:
                 self._change(fd, select.KQ_FILTER_WRITE, clear)
         self._ready[fd] = ready
+
+    def watch_write(self, fd: int) -> None:
+        if sys.platform != "linux":
+            self._change(fd, select.KQ_FILTER_WRITE, select.KQ_EV_ADD | select.KQ_EV_CLEAR)
 
     def want_write(self, fd: int, wanted: bool) -> None:
         if sys.platform != "linux" and fd in self._ready:

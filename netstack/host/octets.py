@@ -10,6 +10,7 @@ dataplane A), so there is no third way. HOT PATH: `read`, `take`, `discard`.
 from __future__ import annotations
 
 import socket
+import sys
 from typing import Any, Final, Protocol
 
 SO_PEEK_OFF: Final = 42
@@ -43,12 +44,10 @@ class PeekedOctets:
     __slots__ = ("_at", "_kept", "_recv_into", "_sock")
 
     def __init__(self, sock: Any) -> None:
-        """Raises `OSError` where the kernel has no `SO_PEEK_OFF` for this kind of socket."""
-        sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
         self._sock = sock
         self._recv_into = sock.recv_into
-        self._at = 0
-        """Where the kernel will peek next."""
+        self._at = -1
+        """Where the kernel will peek next; at -1 it does not count yet."""
         self._kept = b""
         """Octets before those in the socket."""
 
@@ -97,7 +96,7 @@ class PeekedOctets:
         return done
 
     def take(self, into: memoryview) -> int | None:
-        if self._at or self._kept:
+        if self._at > 0 or self._kept:
             return self.read(0, into)
         try:
             count: int = self._recv_into(into)
@@ -117,7 +116,8 @@ class PeekedOctets:
                 return
             count -= step
             # The kernel moves its offset back by what was taken away in front of it.
-            self._at = max(self._at - step, 0)
+            if self._at > 0:
+                self._at = max(self._at - step, 0)
 
 
 class KeptOctets:
@@ -174,9 +174,20 @@ class KeptOctets:
             self._start = 0
 
 
-def octets_of(sock: Any, limit: int) -> PeekedOctets | KeptOctets:
-    """The best way this kernel has for `sock`."""
-    try:
-        return PeekedOctets(sock)
-    except OSError:
-        return KeptOctets(sock, limit)
+class OctetsOf:
+    """The best way this kernel has for a socket; `limit` octets at most are kept here. Asks once per address family."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._peekable: dict[int, bool] = {}
+
+    def __call__(self, sock: Any) -> PeekedOctets | KeptOctets:
+        peekable = self._peekable.get(sock.family)
+        if peekable is None:
+            try:
+                sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, -1)  # as it is anyway
+                peekable = sys.platform == "linux"
+            except OSError:
+                peekable = False
+            self._peekable[sock.family] = peekable
+        return PeekedOctets(sock) if peekable else KeptOctets(sock, self._limit)

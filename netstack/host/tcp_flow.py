@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from netstack.api import Endpoint
 from netstack.host.io import ERROR, HANGUP, READ, READ_CLOSED, URGENT, WRITE
-from netstack.host.octets import octets_of
 from netstack.host.tcp_frames import SMALL, FrameMaker
 from netstack.iface.neighbours import Neighbour
 from netstack.iface.switch import Port
@@ -49,7 +48,7 @@ _TIME_WAIT: Final = State.TIME_WAIT
 _CLOSED: Final = State.CLOSED
 _NO_OPTIONS: Final = Options()
 _ACK_PSH: Final = ACK | PSH
-_READ_WRITE: Final = READ | WRITE
+_NOT_WRITE: Final = ~WRITE
 
 
 class TcpFlow:
@@ -70,7 +69,7 @@ class TcpFlow:
         "_pending_octets",
         "_proxy",
         "_read_on",
-        "_said_at",
+        "_said_in",
         "_shut_sent",
         "_source",
         "_spoke",
@@ -149,7 +148,7 @@ class TcpFlow:
         self._connect_at = 0.0
         self._dialogue = _DIALOGUE
         self._spoke = False
-        self._said_at = 0.0
+        self._said_in = 0
         self._shut_sent = False
         self._waiting = False
         self._full_window = 0
@@ -160,7 +159,7 @@ class TcpFlow:
     def segment(self, frame: memoryview, at: int, end: int, seq: int, ack: int, offset_flags: int, window: int) -> None:
         """One segment: payload `frame[at:end]`, header fields as they came. Checksums are good.
 
-        What is less than a whole segment is taken for a request and goes to the host here and now, the first of a turn at
+        What is less than a whole segment is taken for a request and goes to the host here and now, the first of a batch at
         least; all else is for `flush`.
         """
         conn = self.conn
@@ -193,7 +192,7 @@ class TcpFlow:
             return
         if length:
             rcv.nxt = (seq + length) & MASK
-            if not later and length < snd.mss and self.writable and self._said_at != self._proxy.now:
+            if not later and length < snd.mss and self.writable and self._said_in != self._proxy.batch:
                 self._say(conn, frame[at:end], length)
                 return
             later = True
@@ -206,7 +205,7 @@ class TcpFlow:
     def _say(self, conn: Connection, octets: memoryview, length: int) -> None:
         """A request goes to the host."""
         proxy = self._proxy
-        now = self._said_at = proxy.now
+        self._said_in = proxy.batch
         self.octets_out += length
         self._unacked += length
         self._spoke = True
@@ -221,12 +220,12 @@ class TcpFlow:
             self._host_failed(error)
             return
         if sent < length:
-            self.writable = False
+            self._full()
             self._keep(conn, [octets], length - sent, sent)
             self.touch()
         elif self._dialogue >= _DIALOGUE and self._unacked < snd.mss:
             if not self._ack_at:
-                self._ack_at = now + DELAYED_ACK_S
+                self._ack_at = proxy.now + DELAYED_ACK_S
                 if not self.ack_due:
                     self.ack_due = self._ack_at
                     proxy.delayed.append(self)
@@ -471,8 +470,13 @@ class TcpFlow:
             self._host_failed(error)
             return
         if sent < total:
-            self.writable = False
+            self._full()
             self._keep(conn, iov, total - sent, sent)
+
+    def _full(self) -> None:
+        """The host socket takes no more; it will tell when it does."""
+        self.writable = False
+        self._proxy.io.watch_write(self.sock.fileno())
 
     def _keep(self, conn: Connection, iov: list[memoryview | bytes], octets: int, skip: int = 0) -> None:
         """Copy what must wait: the views die with the batch."""
@@ -505,12 +509,12 @@ class TcpFlow:
                         self._pending.pop(0)
                     else:
                         self._pending[0] = memoryview(first)[sent:]
-                        self.writable = False
+                        self._full()
                         break
                 if not self.writable:
                     break
         except BlockingIOError:
-            self.writable = False
+            self._full()
         except OSError as error:
             self._host_failed(error)
             return
@@ -529,6 +533,8 @@ class TcpFlow:
         if conn.state in (State.ESTABLISHED, State.FIN_WAIT_1, State.FIN_WAIT_2):
             return  # the FIN lies beyond a hole
         self._shut_sent = True
+        if conn.state is _TIME_WAIT or conn.state is _CLOSED:
+            return  # both directions are over: closing the socket says the same
         try:
             self.sock.shutdown(socket.SHUT_WR)
         except OSError as error:
@@ -542,7 +548,7 @@ class TcpFlow:
         if self.end:
             return
         conn = self.conn
-        if mask == _READ_WRITE and conn is not None and conn.plain and self.writable:
+        if mask & _NOT_WRITE == READ and conn is not None and conn.plain and self.writable:
             snd = conn.snd
             if snd.una == snd.max and snd.wnd >= SMALL and snd.cwnd >= SMALL and snd.mss >= SMALL:
                 frames = self.frames
@@ -1004,7 +1010,7 @@ class TcpFlow:
         """The host is connected (or its socket was accepted): speak to the guest."""
         self._connect_at = 0.0
         self.conn = conn
-        self._source = octets_of(self.sock, self._proxy.limits.flow_buffer)
+        self._source = self._proxy.octets_of(self.sock)
         self.touch()
 
     def abort(self, reason: str) -> None:

@@ -18,7 +18,7 @@ import hashlib
 import logging
 import random
 import socket
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from heapq import heapify, heappush
@@ -27,6 +27,7 @@ from typing import Any, Final
 from netstack.api import Endpoint
 from netstack.errors import Malformed
 from netstack.host.io import ERROR, HANGUP, HostIO
+from netstack.host.octets import OctetsOf
 from netstack.host.tcp_burst import Burst
 from netstack.host.tcp_flow import TcpFlow
 from netstack.host.tcp_frames import FrameMaker
@@ -116,6 +117,9 @@ class TcpProxy:
         """Flows to acknowledge at the end of the turn; one may be in it more than once."""
         self.services: dict[tuple[bytes, int], Callable[[Any, Endpoint], None]] = {}
         """`(address, port)` -> function that takes its end of a socket pair and the guest's endpoint."""
+        self.octets_of = OctetsOf(network.limits.flow_buffer)
+        self.batch = 0
+        """Number of the batch of frames that is being taken apart."""
         self.accepting = True
         self._gateway = network.gateway_bytes
         self._egress = egress
@@ -125,7 +129,7 @@ class TcpProxy:
         self._timer_number = 0
         self._stale_timers = 0
         self._secret = rng.randbytes(16)
-        self._time_wait: dict[bytes, _TimeWait] = {}
+        self._time_wait: OrderedDict[bytes, _TimeWait] = OrderedDict()  # a dict's front gets slow to find
         self._bursts: dict[tuple[int, int], Burst] = {}
         self._dial_port = rng.randrange(49152, 65536)
         self._resolving: dict[bytes, list[TcpFlow]] = {}
@@ -277,7 +281,7 @@ class TcpProxy:
             self._refuse(neighbour, key, seq, "too many flows")
             return
         service = self.services.get((address, port))
-        target: Endpoint | None = None
+        target: tuple[str, int] | None = None
         if service is None:
             decision = self._egress.decide(6, address, port)
             if isinstance(decision, Deny):
@@ -289,7 +293,7 @@ class TcpProxy:
                     self._refuse(neighbour, key, seq, decision.reason)
                 return
             if isinstance(decision, Rewrite):
-                target = decision.endpoint
+                target = decision.where
         try:
             if service is not None:
                 sock, other = socket.socketpair()
@@ -310,7 +314,7 @@ class TcpProxy:
             return
         try:
             _prepare(sock)
-            where = (socket.inet_ntoa(address), port) if target is None else (target.text, target.port)
+            where = (socket.inet_ntoa(address), port) if target is None else target
             result = sock.connect_ex(where)
             if result in _IN_PROGRESS:
                 # On loopback the second call already knows; that saves a turn of the loop.
@@ -327,7 +331,7 @@ class TcpProxy:
             self.connect_failed(flow, result)
             return
         try:
-            self.io.watch(sock.fileno(), flow.ready)
+            self.io.watch(sock.fileno(), flow.ready, write=True)
         except OSError as error:
             self.connect_failed(flow, error.errno or errno.EIO)
             return
@@ -514,7 +518,7 @@ class TcpProxy:
         time_wait = self._time_wait
         time_wait.pop(flow.key, None)
         if len(time_wait) >= TIME_WAIT_LIMIT:
-            del time_wait[next(iter(time_wait))]
+            time_wait.popitem(last=False)
         time_wait[flow.key] = note
         flow.finish("closed", reset_host=False)
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 import enum
 import ipaddress
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
 from netstack.api import Endpoint
@@ -63,6 +63,11 @@ class Rewrite:
     """Use a host socket towards `endpoint` in place of what the guest named."""
 
     endpoint: Endpoint
+    where: tuple[str, int] = field(init=False)
+    """The endpoint as a socket wants it."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "where", (self.endpoint.text, self.endpoint.port))
 
 
 Decision: TypeAlias = Allow | Deny | Rewrite

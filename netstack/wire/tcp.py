@@ -35,6 +35,11 @@ DEFAULT_MSS: Final = 536  # RFC 9293 3.7.1, when the peer sends no MSS option (I
 MIN_MSS: Final = 88  # a peer that asks for less makes us send tiny segments without end (SACK panic class); clamped
 
 
+_LINUX_SYN: Final = struct.Struct("!II8xI")
+"""MSS; SACK permitted and timestamps; scale: what most SYNs have, in one look."""
+_LINUX_SHAPE: Final = 0x0402080A
+
+
 @dataclass(slots=True)
 class Options:
     """What a SYN (or a later segment) carries; absent is `None`."""
@@ -49,6 +54,13 @@ def parse_options(octets: bytes | memoryview) -> Options:
     """Read the options; one whose length lies ends the reading (RFC 9293 3.1), unknown kinds are skipped. Never raises."""
     found = Options()
     at, end = 0, len(octets)
+    if end == _LINUX_SYN.size:
+        mss, shape, shift = _LINUX_SYN.unpack(octets)
+        if mss >> 16 == 0x0204 and shape == _LINUX_SHAPE and mss & 0xFFFF >= MIN_MSS and shift >> 8 == 0x010303:
+            found.mss = mss & 0xFFFF
+            found.window_shift = min(shift & 0xFF, MAX_WINDOW_SHIFT)
+            found.sack_permitted = True
+            return found
     while at < end:
         kind = octets[at]
         if kind == 0:

@@ -259,7 +259,7 @@ class FakeSocket(_Socket):
         mask = 0
         if self.incoming or self.read_closed or self.broken or self.error:
             mask |= READ
-        if self.broken or self.room() >= self.sent_buffer // 3:
+        if self.broken or self.room() > self.sent_buffer // 3:
             mask |= WRITE
         if self.read_closed or self.broken:
             mask |= READ_CLOSED
@@ -730,7 +730,7 @@ class FakeHostIO:
             return FakeDatagramSocket(self, family, kind, protocol)
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
-    def watch(self, fd: int, ready: Callable[[int], None], *, edge: bool = True) -> None:
+    def watch(self, fd: int, ready: Callable[[int], None], *, edge: bool = True, write: bool = False) -> None:
         code = self.injected("watch")
         if code:
             raise OSError(code, os.strerror(code))
@@ -740,6 +740,10 @@ class FakeHostIO:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
         self.watched[fd] = (ready, edge)
         if edge and self.objects[fd].mask():
+            self._pending[fd] = None
+
+    def watch_write(self, fd: int) -> None:
+        if self.objects[fd].mask() & WRITE:
             self._pending[fd] = None
 
     def want_write(self, fd: int, wanted: bool) -> None:

@@ -240,8 +240,8 @@ class FailingIO(EpollIO):
             raise OSError(self.error or 24, "played")
         return super().socket(family, kind, protocol)
 
-    def watch(self, fd: int, ready: Any, *, edge: bool = True) -> None:
-        super().watch(fd, ready, edge=edge)
+    def watch(self, fd: int, ready: Any, *, edge: bool = True, write: bool = False) -> None:
+        super().watch(fd, ready, edge=edge, write=write)
         self.open.add(fd)
 
     def unwatch(self, fd: int) -> None:
