@@ -243,6 +243,24 @@ def differences(old: Settings, new: Settings) -> list[Option]:
     return [option for option in OPTIONS if value_of(old, option) != value_of(new, option)]
 
 
+def with_values(settings: Settings, source: Settings, options: Iterable[Option]) -> Settings:
+    """`settings` with the values that `options` have in `source`."""
+    for option in options:
+        value = {option.name: value_of(source, option)}
+        match option.section:
+            case "":
+                settings = dataclasses.replace(settings, **value)
+            case "limits" | "timeouts" as inside:
+                part = dataclasses.replace(getattr(settings.network, inside), **value)
+                settings = dataclasses.replace(
+                    settings, network=dataclasses.replace(settings.network, **{inside: part})
+                )
+            case section:
+                part = dataclasses.replace(getattr(settings, section), **value)
+                settings = dataclasses.replace(settings, **{section: part})
+    return settings
+
+
 def documentation(option: Option) -> str:
     """What `option` means: the docstring of its field. Reads the source, so only `--help` and tests should ask."""
     return _docstrings(SECTIONS[option.section])[option.name]

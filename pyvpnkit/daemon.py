@@ -16,13 +16,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, TextIO
 
 from netstack.errors import ConfigError
 from pyvpnkit import process
-from pyvpnkit.config import Settings
+from pyvpnkit.config import Option, Settings
 from pyvpnkit.service import Service
 
 log = logging.getLogger("pyvpnkit")
@@ -188,13 +188,20 @@ def reload_settings(service: Service, reload: Reload | None) -> None:
     except ConfigError as error:
         log.error("settings are not reloaded, because of\n%s", error)
     else:
-        now, later = service.reload(new)
+        found = service.reload(new)
         set_log_level(new.log_level)
         service.listen()
-        log.info("reloaded: %s", ", ".join(option.key for option in now) or "nothing that can change now has changed")
-        if later:
-            log.warning("these need a restart: %s", ", ".join(option.key for option in later))
+        if found.now or not found.failed:
+            log.info("reloaded: %s", _keys(found.now) or "nothing that can change now has changed")
+        if found.failed:
+            log.error("not reloaded, or not all of it: %s; SIGHUP tries again", _keys(found.failed))
+        if found.later:
+            log.warning("these need a restart: %s", _keys(found.later))
     process.notify("READY=1")
+
+
+def _keys(options: Iterable[Option]) -> str:
+    return ", ".join(option.key for option in options)
 
 
 def print_status(service: Service, up_s: float, out: TextIO | None = None) -> None:

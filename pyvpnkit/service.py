@@ -62,6 +62,15 @@ UNLIMITED: Final = 1 << 62
 _WORTH_KNOWING: Final = (LeaseGiven, LeaseReleased, ForwardAdded, ForwardRemoved)
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Reloaded:
+    """What a reload came to, by option: changed now, waiting for a restart, not possible (the log says why)."""
+
+    now: list[Option]
+    later: list[Option]
+    failed: list[Option]
+
+
 class Service:
     """A running network. Raises `ConfigError` or `HostError` on entering when a link or a port cannot be had."""
 
@@ -315,25 +324,33 @@ class Service:
 
     # -- while it runs
 
-    def reload(self, new: Settings) -> tuple[list[Option], list[Option]]:
-        """Take over what can be taken over; returns the options that changed now and those that need a restart."""
+    def reload(self, new: Settings) -> Reloaded:
+        """Take over what can be taken over without a restart. What failed is logged, and tried again the next time."""
         changed = config.differences(self.settings, new)
-        now = [option for option in changed if option.reload]
         later = [option for option in changed if not option.reload]
-        if any(option.key == "publish" for option in now):
-            for failure in self.registry.sync(new.publish):
-                log.error("%s", failure)
-        if any(option.section == "dns" for option in now):
+        failed: set[str] = set()
+        # Whether the setting changed or not: a port that was taken the last time may be free by now.
+        before = [forward.asked for forward in self.registry]
+        for failure in self.registry.sync(new.publish):
+            log.error("%s", failure)
+            failed.add("publish")
+        moved = {"publish"} if before != [forward.asked for forward in self.registry] else set()
+        wanted = config.with_values(self.settings, new, [option for option in changed if option.reload])
+        if any(option.section == "dns" for option in changed):
             try:
-                dns = self._new_dns(new)
+                dns = self._new_dns(wanted)
             except ConfigError as error:
                 log.error("%s", error)
+                failed |= {option.key for option in changed if option.section == "dns"}
             else:
                 self._dns.close()
                 self._dns = dns
         self._dns.network_changed()
-        self.settings = new
-        return now, later
+        done = {option.key for option in changed if option.reload} | moved
+        # What did not come about is no setting that holds: the next reload finds it changed again.
+        now = [option for option in config.OPTIONS if option.key in done - failed]
+        self.settings = config.with_values(self.settings, new, now)
+        return Reloaded(now=now, later=later, failed=[one for one in config.OPTIONS if one.key in failed])
 
     def status(self) -> Mapping[str, Any]:
         """What a person wants to know at a glance; text, numbers, lists and mappings only."""

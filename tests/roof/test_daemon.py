@@ -252,6 +252,26 @@ class TestReload:
             guest.close()
             assert made.stop() == 0
 
+    def test_a_port_that_was_taken_is_tried_again_at_the_next_reload(self, tmp_path: Path) -> None:
+        settings = tmp_path / "vm.yaml"
+        settings.write_text("publish: []\n")
+        with daemon(tmp_path, "--config", str(settings)) as made, socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            settings.write_text(f"publish: ['{port}:80']\nnetwork: {{mtu: 4000}}\n")
+            made.signal(signal.SIGHUP)
+            log = made.wait_said("need a restart")
+            assert f"127.0.0.1:{port} is in use" in log
+            assert "not reloaded, or not all of it: publish" in log
+            assert "reloaded: publish" not in log and "nothing that can change" not in log
+            taken.close()
+            made.signal(signal.SIGHUP)
+            log = made.wait_said("INFO reloaded: publish")
+            socket.create_connection(("127.0.0.1", port), timeout=5).close()
+            made.signal(signal.SIGHUP)
+            log = made.wait_said("nothing that can change now has changed")
+            assert log.count("these need a restart: network.mtu") >= 2, "what still waits is said each time"
+            assert made.stop() == 0
+
 
 def test_sigusr1_prints_what_goes_on(running: Daemon, server: socket.socket) -> None:
     guest = StreamGuest(running.link)
