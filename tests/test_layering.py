@@ -33,7 +33,6 @@ ARROWS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
             "netstack.api",
             "netstack.tcp",
             "netstack.udp",
-            "netstack.flow",
             "netstack.policy",
             "netstack.wire",
             "netstack.iface",
@@ -46,7 +45,6 @@ ARROWS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
     ("netstack.tcp", ("netstack.wire",)),
     ("netstack.udp", ("netstack.wire",)),
     ("netstack.dhcp", ("netstack.wire",)),
-    ("netstack.flow", ("netstack.api",)),
     ("netstack.policy", ("netstack.api",)),
     ("netstack", ()),
 )
