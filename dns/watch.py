@@ -34,8 +34,6 @@ class WatchedFile(Generic[Parsed]):
         self, path: str | None, parse: Callable[[str], Parsed], clock: Clock, every_s: float = EVERY_S
     ) -> None:
         self.path = path
-        self.changes = 0
-        """How often new content was seen, the first included."""
         self._parse = parse
         self._clock = clock
         self._every_s = every_s
@@ -68,11 +66,9 @@ class WatchedFile(Generic[Parsed]):
         except OSError as error:
             if self._seen is not None:
                 log.warning("%s cannot be read any more (%s); going on without it", self.path, error.strerror)
-                self.changes += 1
                 self._parsed = self._parse("")
             self._seen = None
             return
         # The status is from before the reading: a change in between shows as another status the next time.
         self._seen = seen
-        self.changes += 1
         self._parsed = self._parse(text)

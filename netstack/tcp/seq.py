@@ -16,11 +16,3 @@ def add(a: int, octets: int) -> int:
 def distance(a: int, b: int) -> int:
     """How far `b` lies beyond `a`, -2**31 .. 2**31-1."""
     return ((b - a + HALF) & MASK) - HALF
-
-
-def lt(a: int, b: int) -> bool:
-    return (a - b) & MASK >= HALF
-
-
-def le(a: int, b: int) -> bool:
-    return (b - a) & MASK < HALF

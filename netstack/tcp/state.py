@@ -53,5 +53,3 @@ TRANSITIONS: Final[Mapping[tuple[State, Input], State]] = {
 SYNCHRONISED: Final = frozenset(State) - {State.SYN_SENT, State.SYN_RECEIVED, State.CLOSED}
 RECEIVING: Final = frozenset({State.ESTABLISHED, State.FIN_WAIT_1, State.FIN_WAIT_2})
 """States in which the guest may still send octets."""
-SENDING: Final = frozenset({State.ESTABLISHED, State.CLOSE_WAIT})
-"""States in which we may send new octets."""

@@ -24,8 +24,6 @@ _NUMPY_FROM: Final = 768
 
 _words: Callable[[Buffer], int] | None = None
 """Sum of the 32-bit words, native byte order, of a buffer; what is left behind the last whole one is not in it."""
-_rows: Callable[[Buffer, int], list[int]] | None = None
-"""The same for each row of so many octets, a multiple of 4."""
 
 
 class BadChecksum(Malformed):
@@ -74,24 +72,9 @@ def adjust(checksum: int, old: Buffer, new: Buffer) -> int:
     return 0xFFFF ^ fold((0xFFFF ^ checksum) + (0xFFFF ^ partial(old)) + partial(new))
 
 
-def each(data: Buffer, size: int) -> list[int]:
-    """`partial` of each `size` octets of `data` in turn; the last part may be shorter.
-
-    With numpy and a multiple of 4 the many segments of one large read take little longer than one.
-    """
-    rest = 0
-    sums: list[int] = []
-    if _rows is not None and size & 3 == 0 and len(data) >= _NUMPY_FROM:
-        rest = len(data) // size * size
-        if rest:
-            sums = [_big_endian(total) for total in _rows(data, size)]
-    sums += [partial(data[at : at + size]) for at in range(rest, len(data), size)]
-    return sums
-
-
 def use_numpy() -> bool:
     """Sum long buffers with numpy from now on; `False` where it is not installed. For links without offload."""
-    global _words, _rows
+    global _words
     if _words is not None:
         return True
     try:
@@ -103,13 +86,7 @@ def use_numpy() -> bool:
     def sum_words(data: Buffer) -> int:
         return int(add(view(data, words, len(data) >> 2), dtype=wide))
 
-    def sum_rows(data: Buffer, size: int) -> list[int]:
-        rows = len(data) // size
-        matrix = view(data, words, rows * size >> 2).reshape(rows, size >> 2)
-        totals: list[int] = add(matrix, axis=1, dtype=wide).tolist()
-        return totals
-
-    _words, _rows = sum_words, sum_rows
+    _words = sum_words
     return True
 
 

@@ -313,22 +313,3 @@ def encode_routes(routes: Iterable[tuple[IPv4Network, bytes]]) -> bytes:
         out += network.network_address.packed[: (network.prefixlen + 7) // 8]
         out += router
     return bytes(out)
-
-
-def decode_routes(data: bytes) -> tuple[tuple[IPv4Network, bytes], ...]:
-    """Routes of an option 121; raises `Malformed` for a prefix over 32, bits beyond the prefix, or a cut-off route."""
-    routes = []
-    at = 0
-    while at < len(data):
-        prefix = data[at]
-        router_at = at + 1 + (prefix + 7) // 8
-        if prefix > 32 or router_at + 4 > len(data):
-            raise Malformed("dhcp: bad route in option 121")
-        destination = data[at + 1 : router_at].ljust(4, b"\x00")
-        try:
-            network = IPv4Network((destination, prefix))
-        except ValueError:
-            raise Malformed("dhcp: route in option 121 has bits beyond its prefix") from None
-        routes.append((network, data[router_at : router_at + 4]))
-        at = router_at + 4
-    return tuple(routes)

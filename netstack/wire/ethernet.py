@@ -14,8 +14,6 @@ BROADCAST: Final = b"\xff" * 6
 
 ETHERTYPE_IPV4: Final = 0x0800
 ETHERTYPE_ARP: Final = 0x0806
-ETHERTYPE_VLAN: Final = 0x8100
-ETHERTYPE_IPV6: Final = 0x86DD
 
 _PADDING: Final = bytes(MIN_FRAME)
 

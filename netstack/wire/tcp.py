@@ -17,9 +17,6 @@ SYN: Final = 0x02
 RST: Final = 0x04
 PSH: Final = 0x08
 ACK: Final = 0x10
-URG: Final = 0x20
-ECE: Final = 0x40
-CWR: Final = 0x80
 
 HEADER: Final = struct.Struct(
     "!HHIIHHHH"

@@ -111,7 +111,6 @@ def test_an_adjusted_checksum_is_right_for_the_new_octets(data: bytes, at: int, 
 @pytest.fixture
 def with_numpy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(checksum, "_words", None)
-    monkeypatch.setattr(checksum, "_rows", None)
     assert checksum.use_numpy()
     assert checksum.use_numpy()  # again does no harm
     assert checksum._words is not None
@@ -137,33 +136,3 @@ def test_numpy_sums_as_the_loop_over_words() -> None:
             assert checksum.partial(view) == word_loop(data)
         if any(data):
             assert checksum.internet(data) == scapy_checksum(data)
-
-
-def parts(data: bytes, size: int) -> list[int]:
-    return [word_loop(data[at : at + size]) for at in range(0, len(data), size)]
-
-
-SEGMENTS = [
-    (0, 1448),
-    (100, 1448),
-    (1448, 1448),
-    (1449, 1448),
-    (65160, 1448),
-    (65159, 1448),
-    (4000, 1461),
-    (5000, 4),
-    (5, 1),
-]
-
-
-@pytest.mark.parametrize(("octets", "size"), SEGMENTS)
-def test_each_segment_of_a_read_is_summed(octets: int, size: int) -> None:
-    data = random.Random(octets).randbytes(octets)
-    assert checksum.each(memoryview(data), size) == parts(data, size)
-
-
-@pytest.mark.usefixtures("with_numpy")
-@pytest.mark.parametrize(("octets", "size"), SEGMENTS)
-def test_each_segment_of_a_read_is_summed_by_numpy(octets: int, size: int) -> None:
-    for data in (random.Random(octets).randbytes(octets), bytes(octets), b"\xff" * octets):
-        assert checksum.each(memoryview(bytearray(data)), size) == parts(data, size)

@@ -76,11 +76,10 @@ def test_a_message_cut_anywhere_is_malformed_or_lacks_options(message: dhcp.Mess
 
 @given(st.binary(max_size=300))
 def test_option_values_parse_or_are_malformed(data: bytes) -> None:
-    for decode in (dhcp.decode_names, dhcp.decode_routes):
-        try:
-            decode(data)
-        except Malformed:
-            continue
+    try:
+        dhcp.decode_names(data)
+    except Malformed:
+        return
 
 
 def test_scapy_reads_what_we_emit_and_we_read_what_scapy_builds() -> None:
@@ -266,10 +265,3 @@ def test_routes_are_encoded_as_in_the_examples_of_the_rfc() -> None:
     value = dhcp.encode_routes(routes)
     expected = ["00", "080a", "100a11", "180a1b81", "190ae50080", "200ac67a2f"]
     assert value == b"".join(bytes.fromhex(text) + router for text in expected)
-    assert dhcp.decode_routes(value) == tuple(routes)
-
-
-@pytest.mark.parametrize("value", [b"\x21" + bytes(9), b"\x08\x0a\xc0", b"\x08", b"\x04\x0f" + bytes(4)])
-def test_broken_routes_are_malformed(value: bytes) -> None:
-    with pytest.raises(Malformed):
-        dhcp.decode_routes(value)
