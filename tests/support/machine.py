@@ -85,23 +85,16 @@ def parts(directory: Path) -> Parts:
             with contextlib.suppress(OSError):  # another run was first
                 made.rename(stored)
     modules = [(name, (stored / name).read_bytes()) for name in (stored / "order").read_text().split()]
+    files = [(name, 0o040755, b"") for name in ("bin", "dev", "etc", "modules", "proc", "run", "sys", "tmp", "www")]
+    files += [
+        ("init", 0o100755, INIT.encode()),
+        ("bin/busybox", 0o100755, (stored / "busybox").read_bytes()),
+        ("etc/udhcpc.script", 0o100755, Path(__file__).with_name("udhcpc.script").read_bytes()),
+        ("modules/order", 0o100644, "\n".join(name for name, _ in modules).encode()),
+    ]
+    files += [(f"modules/{name}", 0o100644, octets) for name, octets in modules]
     initrd = directory / "initrd.cpio"
-    initrd.write_bytes(
-        b"".join(
-            newc(
-                itertools.chain(
-                    [(name, 0o040755, b"") for name in ("bin dev etc modules proc run sys tmp www".split())],
-                    [
-                        ("init", 0o100755, INIT.encode()),
-                        ("bin/busybox", 0o100755, (stored / "busybox").read_bytes()),
-                        ("etc/udhcpc.script", 0o100755, Path(__file__).with_name("udhcpc.script").read_bytes()),
-                        ("modules/order", 0o100644, "\n".join(name for name, _ in modules).encode()),
-                    ],
-                    [(f"modules/{name}", 0o100644, octets) for name, octets in modules],
-                )
-            )
-        )
-    )
+    initrd.write_bytes(b"".join(newc(files)))
     return Parts(stored / "vmlinuz", initrd)
 
 
@@ -237,7 +230,8 @@ class Machine:
 
     def wait_line(self, pattern: str, limit_s: float) -> tuple[list[str], re.Match[str]]:
         """The next line that is `pattern`, and the lines before it that nobody has read."""
-        end, before = time.monotonic() + limit_s, []
+        end = time.monotonic() + limit_s
+        before: list[str] = []
         with self._news:
             while True:
                 while self._next < len(self._lines):
