@@ -76,8 +76,10 @@ class Stack:
         rng = rng if rng is not None else random.SystemRandom()
         self.io = io if io is not None else native_io(network.limits.descriptor_reserve)
         self.switch = Switch(self.counters, make_plain)
-        self.neighbours = Neighbours(network.limits.max_neighbours, self.counters.drops)
         self.leases = leases if leases is not None else Leases(network)
+        self.neighbours = Neighbours(
+            network.limits.max_neighbours, self.counters.drops, lambda ip: self.leases.at(ip, clock())
+        )
         self.dhcp = DhcpServer(network, self.leases, counters=self.counters, events=self.events, rng=rng)
         self.egress = Egress(network)
         self.output = Output(

@@ -220,13 +220,9 @@ class Switch:
         if known is None:
             per_port = Counter(self._macs.values())
             if len(self._macs) >= MAC_LIMIT or per_port[port] >= MACS_PER_PORT:
-                # A guest that makes up addresses loses its own oldest one.
-                for old, owner in self._macs.items():
-                    if owner is port or not owner.alive:
-                        del self._macs[old]
-                        break
-                else:
-                    return False
+                # A guest that makes up addresses loses its own oldest one, never a guest that has few.
+                loser = port if per_port[port] >= MACS_PER_PORT else per_port.most_common(1)[0][0]
+                del self._macs[next(old for old, owner in self._macs.items() if owner is loser or not owner.alive)]
         self._macs[mac] = port
         return True
 

@@ -18,6 +18,7 @@ from netstack.settings import Limits
 from tests.support import packets
 from tests.support.drill import GATEWAY_MAC, GUEST, GUEST_MAC, HOST_ALIAS, Drill, pattern, text
 from tests.support.fake_host import Accept, Never
+from tests.support.link import MemoryLink
 from tests.support.packets import IPV4, RST, ip
 
 FORBIDDEN = [
@@ -309,3 +310,142 @@ def test_p4_every_limit_holds_under_a_mixed_load(drill: Callable[..., Drill]) ->
     d.advance(2000.0)
     d.others.clear()
     d.assert_clean()
+
+
+class Neighbour:
+    """A further guest on a link of its own: speaks, and asks the gateway for an echo."""
+
+    def __init__(self, d: Drill, number: int, address: str) -> None:
+        self.d = d
+        self.mac = b"\x02\0\0\0\xcc" + bytes((number,))
+        self.ip = ip(address)
+        self.attach()
+        d.oracle.macs.add(self.mac)
+
+    def attach(self) -> None:
+        self.link = MemoryLink(f"memory:{self.mac[-1]}", mtu=self.d.mtu)
+        self.d.io.adopt(self.link)
+        self.port = self.d.stack.attach(self.link)
+
+    def claim(self, address: bytes) -> None:
+        arp = packets.arp(1, self.mac, address, bytes(6), address)
+        self.link.feed(packets.ether(b"\xff" * 6, self.mac, packets.ARP, arp))
+
+    def lease(self) -> None:
+        leases = self.d.stack.leases
+        assert leases.commit(self.mac, self.ip, port=self.port, lease_s=3600, now=self.d.stack.clock()) is not None
+
+    def is_served(self) -> bool:
+        self.link.sent.clear()
+        echo = packets.ipv4(self.ip, ip("192.168.65.1"), packets.ICMP, packets.echo(1, 1))
+        self.link.feed(packets.ether(GATEWAY_MAC, self.mac, IPV4, echo))
+        self.d.settle()
+        return any(frame[12:14] == b"\x08\0" and frame[23] == packets.ICMP for frame in self.link.sent)
+
+
+SUBNET = [bytes((192, 168, 65, last)) for last in range(3, 255)]
+
+
+def claims(guest: Neighbour) -> int:
+    return sum(neighbour.port is guest.port for neighbour in guest.d.stack.neighbours.all())
+
+
+def test_g16_a_guest_that_claims_every_address_keeps_64_of_them(d: Drill) -> None:
+    greedy = Neighbour(d, 1, "192.168.65.200")
+    for address in SUBNET:
+        greedy.claim(address)
+    d.settle()
+    assert claims(greedy) == 64
+    assert Neighbour(d, 2, "192.168.65.10").is_served()
+    assert greedy.is_served()
+    f = d.open()
+    d.guest(f, ".", data=b"still served")
+    d.collect(f, within=0.05)
+    assert d.host(f).received == b"still served"
+
+
+def test_g16_the_holder_of_a_lease_gets_its_address_from_who_claimed_it_before(d: Drill) -> None:
+    greedy, guest = Neighbour(d, 1, "192.168.65.200"), Neighbour(d, 2, "192.168.65.4")
+    greedy.claim(guest.ip)
+    d.settle()
+    assert not guest.is_served(), "nobody leased it, and the other was first"
+    guest.lease()
+    assert guest.is_served()
+    before = d.stack.counters.drops["frame_source"]
+    greedy.claim(guest.ip)
+    d.settle()
+    assert d.stack.counters.drops["frame_source"] == before + 1
+    assert guest.is_served()
+
+
+def test_g16_a_leased_address_is_not_to_be_claimed_before_its_holder_speaks(d: Drill) -> None:
+    greedy, guest = Neighbour(d, 1, "192.168.65.200"), Neighbour(d, 2, "192.168.65.4")
+    guest.lease()
+    greedy.claim(guest.ip)
+    d.settle()
+    assert d.stack.neighbours.get(guest.ip) is None
+    assert d.stack.counters.drops["frame_source"] == 1
+    assert guest.is_served()
+
+
+def test_g16_after_a_restart_a_lease_is_known_by_its_mac(d: Drill) -> None:
+    greedy, guest = Neighbour(d, 1, "192.168.65.200"), Neighbour(d, 2, "192.168.65.4")
+    guest.lease()
+    lease = d.stack.leases.at(guest.ip, d.stack.clock())
+    assert lease is not None
+    lease.port = None
+    greedy.claim(guest.ip)
+    d.settle()
+    assert guest.is_served()
+    greedy.claim(guest.ip)
+    d.settle()
+    assert guest.is_served()
+
+
+def test_g16_addresses_with_flows_are_not_what_goes(d: Drill) -> None:
+    """The guest's own flood: its open flow keeps its neighbour, and with all 64 in use a newcomer gets nothing."""
+    f = d.open()
+    known = d.stack.neighbours.get(GUEST)
+    for address in SUBNET[1:]:
+        d.inject(
+            packets.ether(b"\xff" * 6, GUEST_MAC, packets.ARP, packets.arp(1, GUEST_MAC, address, bytes(6), address))
+        )
+    assert d.stack.neighbours.get(GUEST) is known
+    assert len(d.stack.neighbours.all()) == 64
+    d.guest(f, ".", data=b"x")
+    d.expect(f, ".", ack=f.snd, within=0.05)
+    used = d.stack.neighbours.all()  # held as a flow holds its own
+    late = next(address for address in SUBNET if d.stack.neighbours.get(address) is None)
+    before = d.stack.counters.drops["neighbour_limit"]
+    d.inject(packets.ether(b"\xff" * 6, GUEST_MAC, packets.ARP, packets.arp(1, GUEST_MAC, late, bytes(6), late)))
+    assert d.stack.neighbours.get(late) is None
+    assert d.stack.counters.drops["neighbour_limit"] == before + 1
+    assert {id(one) for one in d.stack.neighbours.all()} == {id(one) for one in used}
+
+
+def test_g16_a_guest_that_comes_back_claims_no_more_than_before(d: Drill) -> None:
+    greedy = Neighbour(d, 1, "192.168.65.200")
+    for part in (SUBNET[:60], SUBNET[60:120], SUBNET[:120]):
+        for address in part:
+            greedy.claim(address)
+        d.settle()
+        assert claims(greedy) <= 64
+        d.stack.detach(greedy.port, "gone")
+        greedy.attach()
+
+
+def test_g16_guests_that_fill_the_tables_together_lock_nobody_off(drill: Callable[..., Drill]) -> None:
+    d = drill(routed=("172.17.0.0/16",))
+    for number in range(1, 6):
+        greedy = Neighbour(d, number, "192.168.65.200")
+        for index in range(64):
+            mac = b"\x02\xee" + bytes((number, 0, 0, index))
+            d.oracle.macs.add(mac)
+            address = SUBNET[(number - 1) * 64 + index] if number < 4 else bytes((172, 17, number, index))
+            greedy.link.feed(
+                packets.ether(b"\xff" * 6, mac, packets.ARP, packets.arp(1, mac, address, bytes(6), address))
+            )
+        d.settle()
+    assert len(d.stack.switch.table()) <= 256
+    guest = Neighbour(d, 9, "192.168.65.250")
+    assert guest.is_served()
