@@ -43,10 +43,10 @@ def parse_ipv4(text: str, setting: str = "address") -> bytes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a guest can make us hold; each bound has a counter of the same name in `Counters`."""
+    """What a guest can make us hold. What a bound turned away is counted among the drops (`netstack.observe.metrics`)."""
 
     max_flows: int = 16384
-    """TCP flows of all guests together; a SYN beyond it is answered RST after the oldest closed ones are let go."""
+    """TCP flows of all guests together; a SYN beyond it is answered RST."""
     max_udp_flows: int = 1024
     """UDP mappings (one host socket each) of one guest; beyond it the one idle longest goes (VPNKit: 1024)."""
     max_pings: int = 256
@@ -61,6 +61,9 @@ class Limits:
     """DHCP leases that one link may hold."""
     flow_buffer: int = 1 << 20
     """Octets held per TCP flow and direction before back-pressure stops the sender."""
+    max_memory: int = 256 << 20
+    """Octets that all TCP flows together may hold for hosts that do not read; from half of it on windows stop opening, a flow
+    that would hold more than all of it is reset."""
     descriptor_reserve: int = 64
     """Descriptors kept free for listeners, DNS and control when guests use up the rest."""
 

@@ -117,6 +117,8 @@ class Stack:
         """Called when something outside a turn (a service's answer, a dial) queued work: the owner calls `turn` soon."""
         self._port_number = 0
         self._lost: dict[bytes, float] = {}
+        self._begun_anew: set[bytes] = set()
+        """Addresses that were asked for by a guest without one, and that it has not used yet."""
         self._retry_at = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
         self._told: set[str] = set()
@@ -359,6 +361,13 @@ class Stack:
     def _learnt(self, neighbour: Neighbour) -> None:
         self.output.learnt(neighbour)
         self.tcp.learnt(neighbour)
+        self._back(neighbour)
+        if neighbour.ip in self._begun_anew:
+            # It asked for its address anew, so it may have been started anew; now that it has the address it answers probes.
+            self._begun_anew.discard(neighbour.ip)
+            self.tcp.probe_guest(neighbour.ip)
+
+    def _back(self, neighbour: Neighbour) -> None:
         if self._lost.pop(neighbour.ip, None) is not None:
             self.tcp.returned(neighbour)
 
@@ -380,12 +389,20 @@ class Stack:
             source=packet.source,
             destination=packet.destination,
             port=packet.port,
+            mtu=packet.port.mtu,
             now=now,
         )
         if reply is None:
             return
         if packet.source == bytes(4):
-            self.tcp.probe_guest(reply.payload[16:20])
+            if len(self._begun_anew) >= 1024:
+                self._begun_anew.clear()
+            self._begun_anew.add(bytes(reply.payload[16:20]))
+        if reply.leased is not None and reply.leased in self._lost:
+            # It is back on another link, and may have nothing to say itself.
+            neighbour = self.neighbours.learn(reply.leased, packet.source_mac, packet.port)
+            if neighbour is not None:
+                self._back(neighbour)
         datagram = udp.emit(67, 68, reply.payload, reply.source, reply.destination)
         target = Neighbour(reply.destination, reply.destination_mac, packet.port)
         self.output.send_to(target, 17, datagram, source=reply.source)

@@ -197,6 +197,7 @@ OPTIONS: Final[tuple[Option, ...]] = (
     _limit("max_fragment_octets", "1M", values.octets, "SIZE"),
     _limit("max_leases_per_port", "1"),
     _limit("flow_buffer", "256K", values.octets, "SIZE"),
+    _limit("max_memory", "64M", values.octets, "SIZE"),
     _limit("descriptor_reserve", "128", values.number(8)),
     _timeout("tcp_connect_s", "30"),
     _timeout("tcp_idle_s", "7200"),

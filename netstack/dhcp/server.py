@@ -64,6 +64,8 @@ class Reply:
     destination: bytes
     destination_mac: bytes
     source: bytes
+    leased: bytes | None = None
+    """The address that this answer gives to the client (a DHCPACK of a lease)."""
 
 
 class _Ignored(Exception):
@@ -78,6 +80,7 @@ class _Request:
     kind: Type
     source_mac: bytes
     port: Hashable
+    mtu: int | None
     now: float
 
     @property
@@ -142,15 +145,17 @@ class Server:
         destination: bytes,
         port: Hashable,
         now: float,
+        mtu: int | None = None,
     ) -> Reply | None:
         """Answer one datagram that came from `source` to port 67 of `destination`. Never raises for what a guest sent.
 
-        `payload` is the UDP payload, `source_mac` the sender of the frame, `port` the link it came in on.
+        `payload` is the UDP payload, `source_mac` the sender of the frame, `port` the link it came in on, `mtu` that
+        link's where it is not the network's.
         """
         self._leases.expire(now)
         try:
             message = dhcp.parse(payload)
-            request = self._check(message, source_mac, destination, port, now)
+            request = self._check(message, source_mac, destination, port, mtu, now)
             reply = self._answer(request, source)
         except Malformed:
             self._counters.drops[Drop.DHCP_MALFORMED] += 1
@@ -174,7 +179,9 @@ class Server:
         """A link is gone: its guest keeps its leases and may come back on another one."""
         self._leases.forget_port(port)
 
-    def _check(self, message: Message, source_mac: bytes, destination: bytes, port: Hashable, now: float) -> _Request:
+    def _check(
+        self, message: Message, source_mac: bytes, destination: bytes, port: Hashable, mtu: int | None, now: float
+    ) -> _Request:
         """What every message must be (D03); raises `Malformed` or `_Ignored`."""
         if message.op != dhcp.BOOTREQUEST or destination not in self._to_us:
             raise _Ignored
@@ -191,7 +198,7 @@ class Server:
         if kind is None:
             raise Malformed("dhcp: no message type (plain BOOTP)")
         try:
-            return _Request(message=message, kind=Type(kind[0]), source_mac=source_mac, port=port, now=now)
+            return _Request(message=message, kind=Type(kind[0]), source_mac=source_mac, port=port, mtu=mtu, now=now)
         except ValueError:
             raise Malformed("dhcp: unknown message type") from None
 
@@ -302,7 +309,7 @@ class Server:
         if lease_s:
             options |= self._lease_options(lease_s)
         if kind is not Type.NAK:
-            self._add_settings(options, message, hostname)
+            self._add_settings(options, request, hostname)
         octets = dhcp.emit(
             Message(
                 op=dhcp.BOOTREPLY,
@@ -316,7 +323,8 @@ class Server:
             )
         )
         destination, mac = self._where_to(request, kind, yiaddr, inform)
-        return Reply(payload=octets, destination=destination, destination_mac=mac, source=self._gateway)
+        leased = yiaddr if kind is Type.ACK and yiaddr != _NO_ADDRESS else None
+        return Reply(payload=octets, destination=destination, destination_mac=mac, source=self._gateway, leased=leased)
 
     def _where_to(self, request: _Request, kind: Type, yiaddr: bytes, inform: bytes) -> tuple[bytes, bytes]:
         """Address and MAC of the answer (RFC 2131 section 4.1)."""
@@ -342,11 +350,12 @@ class Server:
         }
         return {code: struct.pack("!I", seconds) for code, seconds in times.items()}
 
-    def _add_settings(self, options: dict[int, bytes], message: Message, hostname: str) -> None:
+    def _add_settings(self, options: dict[int, bytes], request: _Request, hostname: str) -> None:
         """Add the settings that the client wants, the most wanted first, as long as the message has room for them.
 
         A client takes 576 octets, or what its option 57 says. Of a search list that is too long the first names are sent.
         """
+        message = request.message
         listed = message.options.get(Option.PARAMETER_LIST)
         size = message.option(Option.MAX_SIZE, 2)
         room = dhcp.OPTIONS_ROOM
@@ -357,6 +366,8 @@ class Server:
             value = hostname.encode() if code == Option.HOST_NAME else self._settings.get(code, b"")
             if code == Option.DOMAIN_SEARCH:
                 value = self._search_list(room)
+            elif code == Option.INTERFACE_MTU and request.mtu is not None:
+                value = struct.pack("!H", request.mtu)
             if not value or code in options or dhcp.option_octets(value) > room:
                 continue  # an option without value is invalid, so what is not set is left out
             options[code] = value

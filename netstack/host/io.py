@@ -40,6 +40,11 @@ class HostIO(Protocol):
         """A new non-blocking socket (the methods of `socket.socket` that the stack uses). Raises `OSError`."""
         ...
 
+    def admit(self, sock: Any) -> Any:
+        """A socket from elsewhere (an accepted client, a pair) that is to count as the guests'. Raises `OSError`, and closes
+        it, where only the reserved descriptors are left."""
+        ...
+
     def watch(self, fd: int, ready: Ready, *, edge: bool = True, write: bool = False) -> None:
         """Call `ready(mask)` when `fd` becomes readable or closed, with `write` also when it becomes writable;
         `edge=False`: while it is readable."""
@@ -104,6 +109,9 @@ class EpollIO:
         # The class in C: what `socket.socket` adds costs 2 µs per connection and nothing here uses it.
         return _within(_socket.socket(family, kind | _FLAGS, protocol), self._highest)
 
+    def admit(self, sock: Any) -> Any:
+        return _within(sock, self._highest)
+
     def watch(self, fd: int, ready: Ready, *, edge: bool = True, write: bool = False) -> None:
         self._epoll.register(fd, (_EDGES | WRITE if write else _EDGES) if edge else READ)
         self._ready[fd] = ready
@@ -147,6 +155,9 @@ class KqueueIO:
     def socket(self, family: int, kind: int, protocol: int = 0) -> Any:
         sock = socket.socket(family, kind, protocol)
         sock.setblocking(False)
+        return _within(sock, self._highest)
+
+    def admit(self, sock: Any) -> Any:
         return _within(sock, self._highest)
 
     def _change(self, fd: int, kind: int, flags: int) -> None:

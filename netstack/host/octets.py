@@ -14,12 +14,29 @@ import sys
 from typing import Any, Final, Protocol
 
 SO_PEEK_OFF: Final = 42
+CEILING: Final = 16384
+"""Octets that one flow may hold while all together hold more than half of what they may."""
 _TRASH: Final = memoryview(bytearray(1 << 20))
 """`MSG_TRUNC` on TCP writes nothing here, but Python wants a buffer as long as the count."""
 
 
+class Budget:
+    """What all flows together hold: octets that hosts did not take, that lie beyond holes, that guests did not acknowledge."""
+
+    __slots__ = ("held", "limit", "tight")
+
+    def __init__(self, limit: int) -> None:
+        self.held = 0
+        self.limit = limit
+        self.tight = limit >> 1
+        """Beyond this nobody gets more room than `CEILING` octets."""
+
+
 class Octets(Protocol):
     """`offset` 0 is the first octet the guest has not acknowledged (SND.UNA as of the last `discard`)."""
+
+    full: bool
+    """Nothing is read although something may wait: the guest must acknowledge first."""
 
     def read(self, offset: int, into: memoryview) -> int | None:
         """Fill `into` from `offset` on; the count, 0 at the end of the stream, `None` when nothing waits. Raises `OSError`."""
@@ -37,9 +54,15 @@ class Octets(Protocol):
         """The guest acknowledged `count` more octets."""
         ...
 
+    def close(self) -> None:
+        """The flow has ended."""
+        ...
+
 
 class PeekedOctets:
     """In the host socket, but for a small answer in front that was taken out."""
+
+    full = False
 
     __slots__ = ("_at", "_kept", "_recv_into", "_sock")
 
@@ -105,6 +128,9 @@ class PeekedOctets:
         self._kept = bytes(into[:count])
         return count
 
+    def close(self) -> None:
+        """Nothing is held anywhere else."""
+
     def discard(self, count: int) -> None:
         kept = self._kept
         if kept:
@@ -123,10 +149,12 @@ class PeekedOctets:
 class KeptOctets:
     """In a buffer of ours, at most `limit` octets; reading stops there until the guest acknowledges."""
 
-    __slots__ = ("_kept", "_limit", "_sock", "_start")
+    __slots__ = ("_budget", "_kept", "_limit", "_sock", "_start", "full")
 
-    def __init__(self, sock: Any, limit: int) -> None:
+    def __init__(self, sock: Any, limit: int, budget: Budget) -> None:
         self._sock = sock
+        self._budget = budget
+        self.full = False
         self._limit = limit
         self._kept = bytearray()
         self._start = 0
@@ -139,15 +167,23 @@ class KeptOctets:
             count = min(waiting, len(into))
             with memoryview(self._kept) as kept:
                 into[:count] = kept[at : at + count]
-            return count
-        room = self._limit - (len(self._kept) - self._start)
-        if room <= 0:
+            return count + (self._fetch(into[count:]) or 0) if count < len(into) else count
+        return self._fetch(into)
+
+    def _fetch(self, into: memoryview) -> int | None:
+        budget = self._budget
+        limit = self._limit if budget.held <= budget.tight else min(self._limit, CEILING)
+        room = limit - (len(self._kept) - self._start)
+        self.full = room <= 0
+        if self.full:
             return None
         try:
             got: int = self._sock.recv_into(into[:room])
         except BlockingIOError:
             return None
         self._kept += into[:got]
+        self.full = got == room
+        budget.held += got
         return got
 
     def read_scattered(self, offset: int, into: list[memoryview]) -> int | None:
@@ -164,7 +200,11 @@ class KeptOctets:
     def take(self, into: memoryview) -> int | None:
         return self.read(0, into)
 
+    def close(self) -> None:
+        self.discard(len(self._kept) - self._start)
+
     def discard(self, count: int) -> None:
+        self._budget.held -= count
         self._start += count
         if self._start >= len(self._kept):
             self._kept.clear()
@@ -177,8 +217,9 @@ class KeptOctets:
 class OctetsOf:
     """The best way this kernel has for a socket; `limit` octets at most are kept here. Asks once per address family."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, budget: Budget) -> None:
         self._limit = limit
+        self._budget = budget
         self._peekable: dict[int, bool] = {}
 
     def __call__(self, sock: Any) -> PeekedOctets | KeptOctets:
@@ -190,4 +231,4 @@ class OctetsOf:
             except OSError:
                 peekable = False
             self._peekable[sock.family] = peekable
-        return PeekedOctets(sock) if peekable else KeptOctets(sock, self._limit)
+        return PeekedOctets(sock) if peekable else KeptOctets(sock, self._limit, self._budget)

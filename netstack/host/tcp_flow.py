@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from netstack.api import Endpoint
 from netstack.host.io import ERROR, HANGUP, READ, READ_CLOSED, URGENT, WRITE
+from netstack.host.octets import CEILING
 from netstack.host.tcp_frames import SMALL, FrameMaker
 from netstack.iface.neighbours import Neighbour
 from netstack.iface.switch import Port
@@ -62,11 +63,11 @@ class TcpFlow:
         "_connect_at",
         "_dialogue",
         "_full_window",
+        "_gone_at",
         "_idle_octets",
         "_iov",
         "_iov_octets",
         "_pending",
-        "_pending_octets",
         "_proxy",
         "_read_on",
         "_said_in",
@@ -136,8 +137,8 @@ class TcpFlow:
         """Number of the first octet still in `_source`."""
         self._iov: list[memoryview | bytes] = []
         self._iov_octets = 0
-        self._pending: list[memoryview | bytes] = []
-        self._pending_octets = 0
+        self._pending = bytearray()
+        """What the host socket did not take yet."""
         self._stored: dict[int, bytes] = {}
         self._acked = False
         self._unacked = 0
@@ -152,6 +153,8 @@ class TcpFlow:
         self._shut_sent = False
         self._waiting = False
         self._full_window = 0
+        self._gone_at = 0.0
+        """When a guest that keeps its half open to a host that is gone is reset; 0 while the host is there."""
         self._idle_octets = -1
 
     # From the guest.
@@ -291,11 +294,14 @@ class TcpFlow:
                     self._fill(conn)
             else:
                 self._stored[number] = bytes(frame[at + begin : at + stop])
+                if not self._proxy.hold(stop - begin):
+                    self.abort("too much is held beyond holes")
 
     def _fill(self, conn: Connection) -> None:
         """The hole is closed: what was stored behind it follows."""
         for number, skip, length in conn.rcv.fill():
             stored = self._stored.pop(number)
+            self._proxy.budget.held -= len(stored)
             if length:
                 self._iov.append(memoryview(stored)[skip : skip + length])
                 self._iov_octets += length
@@ -480,49 +486,43 @@ class TcpFlow:
 
     def _keep(self, conn: Connection, iov: list[memoryview | bytes], octets: int, skip: int = 0) -> None:
         """Copy what must wait: the views die with the batch."""
+        pending = self._pending
         for view in iov:
             length = len(view)
             if skip >= length:
                 skip -= length
                 continue
-            self._pending.append(bytes(view[skip:]))
+            pending += view[skip:]
             skip = 0
-        self._pending_octets += octets
-        conn.rcv.held = self._pending_octets
+        conn.rcv.held = len(pending)
         self._unacked = max(self._unacked, 1)
         conn.ack_now = True
+        if not self._proxy.hold(octets):
+            self.abort("too much is held for hosts that do not read")
 
     def _host_writable(self) -> None:
         """The host socket has room again."""
         self.writable = True
         conn = self.conn
-        if conn is None or not self._pending:
+        pending = self._pending
+        if conn is None or not pending:
             return
         try:
-            while self._pending:
-                sent = self.sock.sendmsg(self._pending[:_IOV_MAX])
-                self._pending_octets -= sent
-                while sent:
-                    first = self._pending[0]
-                    if sent >= len(first):
-                        sent -= len(first)
-                        self._pending.pop(0)
-                    else:
-                        self._pending[0] = memoryview(first)[sent:]
-                        self._full()
-                        break
-                if not self.writable:
-                    break
+            sent = self.sock.send(pending)
         except BlockingIOError:
-            self._full()
+            sent = 0
         except OSError as error:
             self._host_failed(error)
             return
+        del pending[:sent]
+        self._proxy.budget.held -= sent
+        if pending:
+            self._full()
         rcv = conn.rcv
         before = rcv.told()
-        rcv.held = self._pending_octets
+        rcv.held = len(pending)
         room = rcv.capacity - rcv.held
-        if room - before >= min(rcv.capacity >> 1, 2 * self._proxy.mss) or not before:
+        if room - before >= min(rcv.capacity >> 1, 2 * conn.announced_mss) or not before:
             conn.ack_now = True
         self.touch()
 
@@ -583,6 +583,9 @@ class TcpFlow:
                 if number:
                     self._host_failed(OSError(number, "host socket"))
                     return
+            if mask & HANGUP and not self._shut_sent and not self._gone_at:
+                self._gone_at = self._proxy.now + self._proxy.timeouts.tcp_fin_wait_s
+                self._arm(self._gone_at)
             self.pump()
             when = self.conn.snd.rto_at
             if when and (not self.timer_at or when < self.timer_at) and not self.end:
@@ -697,7 +700,7 @@ class TcpFlow:
                     self._host_failed(error)
                     return
                 if got is None or got[0] == 0:
-                    self.readable = False
+                    self.readable = source.full
                     if got is not None:
                         self._host_ended(conn, frames)
                     return
@@ -711,7 +714,7 @@ class TcpFlow:
                         port.waiting.append(self)
                     return
                 if not full and not self._read_on:
-                    self.readable = False
+                    self.readable = source.full
                 continue
             else:
                 want = min(limit, mss)
@@ -721,7 +724,7 @@ class TcpFlow:
                 self._host_failed(error)
                 return
             if count is None:
-                self.readable = False
+                self.readable = source.full
                 return
             if count == 0:
                 if resending:
@@ -743,7 +746,7 @@ class TcpFlow:
                     except OSError as error:
                         failed = error
                 else:
-                    self.readable = False
+                    self.readable = source.full
             window = self.window(conn)
             end = frames.finish(scratch, count, snd.nxt, conn.rcv.nxt, flags, window)
             if resending:
@@ -839,6 +842,9 @@ class TcpFlow:
     def window(self, conn: Connection) -> int:
         """The window field to send now."""
         rcv = conn.rcv
+        budget = self._proxy.budget
+        if budget.held > budget.tight:
+            return rcv.window(CEILING)
         if rcv.held:
             return rcv.window()
         rcv.right = (rcv.nxt + rcv.capacity) & MASK
@@ -942,6 +948,13 @@ class TcpFlow:
                     self.finish("guest does not answer", reset_host=True)
                     return
                 self._acked = True
+            if self._gone_at and now >= self._gone_at:
+                if conn.state is State.FIN_WAIT_2:
+                    conn.abort()
+                    self._send_reset(conn)
+                    self.finish("the host is gone, and the guest does not close", reset_host=True)
+                    return
+                self._gone_at = now + timeouts.tcp_fin_wait_s  # the guest has not taken everything yet
             idle = timeouts.tcp_idle_s
             if idle and now - self.active_at >= idle:
                 octets = self.octets_in + self.octets_out
@@ -956,7 +969,7 @@ class TcpFlow:
             self.flush()
             if self.end:
                 return
-        deadlines = [when for when in (self._connect_at, conn.snd.rto_at if conn else 0.0) if when]
+        deadlines = [when for when in (self._connect_at, self._gone_at, conn.snd.rto_at if conn else 0.0) if when]
         if conn is not None and self._proxy.timeouts.tcp_idle_s:
             deadlines.append(self.active_at + self._proxy.timeouts.tcp_idle_s)
         if deadlines:
@@ -1043,9 +1056,12 @@ class TcpFlow:
             pass  # not every socket has it (a service's socket pair), and the end comes anyway
         sock.close()
         self._iov = []
-        self._pending = []
+        self._proxy.budget.held -= len(self._pending) + sum(map(len, self._stored.values()))
+        self._pending = bytearray()
         self._stored = {}
-        self._source = None
+        if self._source is not None:
+            self._source.close()
+            self._source = None
         self._proxy.gone(self)
 
     def endpoints(self) -> tuple[Endpoint, Endpoint]:

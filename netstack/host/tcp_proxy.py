@@ -27,7 +27,7 @@ from typing import Any, Final
 from netstack.api import Endpoint
 from netstack.errors import Malformed
 from netstack.host.io import ERROR, HANGUP, HostIO
-from netstack.host.octets import OctetsOf
+from netstack.host.octets import Budget, OctetsOf
 from netstack.host.tcp_burst import Burst
 from netstack.host.tcp_flow import TcpFlow
 from netstack.host.tcp_frames import FrameMaker
@@ -105,7 +105,6 @@ class TcpProxy:
         self.limits = network.limits
         self.timeouts = network.timeouts
         self.gateway_mac = network.gateway_mac_bytes
-        self.mss = network.mtu - 40
         self.now = 0.0
         self.flows: dict[bytes, TcpFlow] = {}
         self.dirty: list[TcpFlow] = []
@@ -117,11 +116,13 @@ class TcpProxy:
         """Flows to acknowledge at the end of the turn; one may be in it more than once."""
         self.services: dict[tuple[bytes, int], Callable[[Any, Endpoint], None]] = {}
         """`(address, port)` -> function that takes its end of a socket pair and the guest's endpoint."""
-        self.octets_of = OctetsOf(network.limits.flow_buffer)
+        self.budget = Budget(network.limits.max_memory)
+        self.octets_of = OctetsOf(network.limits.flow_buffer, self.budget)
         self.batch = 0
         """Number of the batch of frames that is being taken apart."""
         self.accepting = True
         self._gateway = network.gateway_bytes
+        self._mtu = network.mtu
         self._egress = egress
         self._events = events
         self._rng = rng
@@ -163,6 +164,15 @@ class TcpProxy:
         """RFC 6528: a keyed hash of the connection's name and a clock of 4 µs."""
         digest = hashlib.blake2b(key, digest_size=4, key=self._secret).digest()
         return (int.from_bytes(digest, "big") + int(self.now * 250_000)) & MASK
+
+    def hold(self, octets: int) -> bool:
+        """`octets` more are held; False when that is too much for all flows together."""
+        budget = self.budget
+        budget.held += octets
+        if budget.held <= budget.limit:
+            return True
+        self.counters.drops[Drop.MEMORY] += 1
+        return False
 
     # Turns.
 
@@ -296,9 +306,7 @@ class TcpProxy:
                 target = decision.where
         try:
             if service is not None:
-                sock, other = socket.socketpair()
-                sock.setblocking(False)
-                other.setblocking(False)
+                sock, other = self._pair()
             else:
                 sock = self.io.socket(socket.AF_INET, socket.SOCK_STREAM)
         except OSError as error:
@@ -350,7 +358,7 @@ class TcpProxy:
 
     def _connected(self, flow: TcpFlow) -> None:
         seq, window, options = flow.syn
-        conn = Connection.passive(self.isn(flow.key), seq, window, options, self._capacity(flow), self.mss)
+        conn = Connection.passive(self.isn(flow.key), seq, window, options, self._capacity(flow), self._mss(flow))
         flow.begin(conn)
         if not flow.watched:
             flow.watched = True
@@ -365,6 +373,25 @@ class TcpProxy:
         """Receive window in octets, a multiple of the window scale's unit."""
         port = flow.neighbour.port
         return min(self.limits.flow_buffer, port.window if port is not None else 1 << 30) & ~127
+
+    def _mss(self, flow: TcpFlow) -> int:
+        """What we announce: the largest segment of the guest's link (RFC 9293 3.7.1)."""
+        port = flow.neighbour.port
+        return (port.mtu if port is not None else self._mtu) - 40
+
+    def _pair(self) -> tuple[socket.socket, socket.socket]:
+        """A socket pair between a flow and a service. Raises `OSError`."""
+        sock, other = socket.socketpair()
+        try:
+            self.io.admit(other)
+            self.io.admit(sock)
+        except OSError:
+            sock.close()
+            other.close()
+            raise
+        sock.setblocking(False)
+        other.setblocking(False)
+        return sock, other
 
     def opened(self, flow: TcpFlow) -> None:
         """Count and tell of a new flow."""
@@ -446,6 +473,13 @@ class TcpProxy:
             if on_close is not None:
                 on_close("too many flows")
             return
+        try:
+            self.io.admit(sock)
+        except OSError as error:
+            self.counters.drops[Drop.DESCRIPTORS] += 1
+            if on_close is not None:
+                on_close(f"no socket: {error.strerror}")
+            return
         key = self._inbound_key(guest, source)
         if key is None:
             _reset(sock)
@@ -483,7 +517,7 @@ class TcpProxy:
         return None
 
     def _dialled(self, flow: TcpFlow) -> None:
-        conn = Connection.active(self.isn(flow.key), self._capacity(flow), self.mss)
+        conn = Connection.active(self.isn(flow.key), self._capacity(flow), self._mss(flow))
         flow.begin(conn)
 
     def learnt(self, neighbour: Neighbour) -> None:

@@ -291,7 +291,7 @@ class GuestSocket:
                     destination_port=guest.port,
                     prefix=port.link.prefix,
                     offload=port.partial,
-                    mtu=min(port.mtu, wiring.network.mtu),
+                    mtu=port.mtu,
                 )
         return neighbour
 

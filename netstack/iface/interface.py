@@ -378,7 +378,6 @@ class Interface:
             whole = self._reassembler.add(header, data, now)
             if whole is None:
                 return
-            self._counters.fragments_reassembled += 1
             data = memoryview(whole)
             header = ipv4.parse(data)
             # The kernel fills checksums in before it fragments.

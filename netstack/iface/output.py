@@ -39,7 +39,6 @@ class Output:
         self._neighbours = neighbours
         self._rate = rate
         self._random16 = random16
-        self._mtu = network.mtu
         self._subnet = (int(network.network.network_address), int(network.network.netmask))
         self._pending: dict[bytes, _Pending] = {}
         self.ask_at = 0.0

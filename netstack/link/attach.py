@@ -6,8 +6,9 @@ Theory of operation. `Attachments` is an async context manager that owns everyth
   the next may come. Several at once are several links.
 * dialling: connect, be a link until it is lost, connect again, with pauses that grow from 0.1 to 2 s (threats F2).
 * a bound datagram socket: `UnixgramServer` makes the links.
-* a device (tap, packet): opened at start, so that a person hears at once why it cannot be; opened again when it is lost,
-  unless the namespace was named by a process id, which may by then be somebody else's.
+* a device (tap, packet): opened at start, so that a person hears at once why it cannot be; opened again when it is lost
+  (threats F20), unless the namespace was named by a process id, which may by then be somebody else's. Such a link ends
+  with its process, for our own descriptor would keep the namespace alive without anybody in it.
 * an inherited connection: a link until it is lost.
 
 The stack is told by `attach(link, identity)` and tells by `detached(link, reason)` when a link raised `LinkDown`; for an
@@ -38,6 +39,7 @@ from netstack.errors import ConfigError, GuestError, NetstackError
 from netstack.link.common import bare
 from netstack.link.devices import open_device
 from netstack.link.listening import BACKLOG, UnixSocket, peer_uid
+from netstack.link.namespace import process_handle
 from netstack.link.spec import DEVICES, STREAMS, Kind, LinkSpec, detect
 from netstack.link.stream import QemuLink, VmnetLink
 from netstack.link.unixgram import DatagramLink, PeerLink, UnixgramServer
@@ -177,7 +179,7 @@ class Attachments:
         if spec.how == "inherited":
             self._inherit(spec)
         elif spec.kind in DEVICES:
-            self._start(self._keep_device(spec, open_device(spec, self._mtu)))
+            self._add_device(spec)
         elif spec.connect:
             self._start(self._dial(spec))
         elif spec.how == "tcp":
@@ -421,13 +423,34 @@ class Attachments:
             await attached.ended.wait()
         self._exhausted()
 
-    async def _keep_device(self, spec: LinkSpec, link: Link) -> None:
+    def _add_device(self, spec: LinkSpec) -> None:
+        process = process_handle(int(spec.where)) if spec.how == "pid" else None
+        try:
+            link = open_device(spec, self._mtu)
+        except BaseException:
+            if process is not None:
+                os.close(process)
+            raise
+        self._start(self._keep_device(spec, link, process))
+
+    async def _keep_device(self, spec: LinkSpec, link: Link, process: int | None = None) -> None:
+        loop = asyncio.get_running_loop()
         pause = FIRST_PAUSE_S
         while True:
             attached = self._attach(link)
             if attached is None:
                 break
-            await attached.ended.wait()
+            began = loop.time()
+            if process is not None:
+                loop.add_reader(process, self._end, attached, f"process {spec.where} has ended")
+            try:
+                await attached.ended.wait()
+            finally:
+                if process is not None:
+                    loop.remove_reader(process)
+                    os.close(process)
+            if loop.time() - began >= STEADY_S:
+                pause = FIRST_PAUSE_S
             if spec.how in ("inherited", "pid", "fd"):
                 break
             while True:

@@ -32,6 +32,14 @@ def namespace_paths(kind: str, target: str) -> list[tuple[str, int]]:
     return [(target if target.startswith("/") else f"/run/netns/{target}", _CLONE_NEWNET)]
 
 
+def process_handle(pid: int) -> int | None:
+    """A descriptor that becomes readable when process `pid` ends (pidfd_open(2)); `None` where it cannot be had."""
+    try:
+        return os.pidfd_open(pid)
+    except (AttributeError, OSError):
+        return None
+
+
 def _setns(path: str, kind: int) -> None:
     import ctypes
 

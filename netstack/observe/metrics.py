@@ -13,7 +13,6 @@ class Drop(StrEnum):
     FRAME_LONG = "frame_long"
     FRAME_SOURCE = "frame_source"
     ETHERTYPE = "ethertype"
-    VNET_HEADER = "vnet_header"
     SWITCH_UNKNOWN = "switch_unknown"
     ARP_MALFORMED = "arp_malformed"
     NEIGHBOUR_LIMIT = "neighbour_limit"
@@ -42,7 +41,6 @@ class Drop(StrEnum):
     UDP_NO_SERVICE = "udp_no_service"
     TCP_MALFORMED = "tcp_malformed"
     TCP_CHECKSUM = "tcp_checksum"
-    TCP_UNACCEPTABLE = "tcp_unacceptable"
     TCP_NO_FLOW = "tcp_no_flow"
     TCP_LIMIT = "tcp_limit"
     POLICY = "policy"
@@ -51,6 +49,7 @@ class Drop(StrEnum):
     LINK_FULL = "link_full"
     LINK_GONE = "link_gone"
     DESCRIPTORS = "descriptors"
+    MEMORY = "memory"
 
 
 class Counters:

@@ -32,8 +32,8 @@ class Receiver:
         """`(seq, end)` of stored segments in order, without overlap."""
         self.last_piece = 0
 
-    def window(self) -> int:
-        """The window field to send now; moves the right edge on.
+    def window(self, ceiling: int = 1 << 30) -> int:
+        """The window field to send now; moves the right edge on, to `ceiling` octets from RCV.NXT at the most.
 
         The edge moves on only when it gains a segment or half the buffer (silly window avoidance, RFC 9293 3.8.6.2.2), and
         rounding by the scale is upwards so that it never moves back.
@@ -41,7 +41,7 @@ class Receiver:
         told = (self.right - self.nxt) & MASK
         if told >= HALF:
             told = 0
-        room = max(self.capacity - self.held, 0)
+        room = max(min(self.capacity, ceiling) - self.held, 0)
         if room - told >= min(1460, self.capacity >> 1):
             told = room
         scaled = min((told + (1 << self.shift) - 1) >> self.shift, 0xFFFF)

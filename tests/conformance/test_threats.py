@@ -449,3 +449,58 @@ def test_g16_guests_that_fill_the_tables_together_lock_nobody_off(drill: Callabl
     assert len(d.stack.switch.table()) <= 256
     guest = Neighbour(d, 9, "192.168.65.250")
     assert guest.is_served()
+
+
+@pytest.mark.parametrize("holes", [False, True], ids=["host does not read", "beyond holes"])
+def test_p4_what_all_flows_hold_together_is_bounded(drill: Callable[..., Drill], holes: bool) -> None:
+    budget = 200_000
+    d = drill(limits=Limits(max_memory=budget))
+    flows = [d.open() for _ in range(20)]
+    for f in flows:
+        d.host(f).stop_reading()
+        assert f.sock is not None
+        f.sock.sent_buffer = 1000
+    for _ in range(12):
+        for f in flows:
+            if f.sock is not None and not f.sock.closed:
+                seq = f.snd + (1 if holes else 0)
+                d.guest(f, ".", seq=seq, data=bytes(1400), queue=True)
+                f.snd += 1400
+        d.settle()
+        assert d.stack.tcp.budget.held <= budget
+    d.advance(0.1)
+    assert d.stack.counters.drops["memory"] >= 1
+    alive = [f for f in flows if f.sock is not None and not f.sock.closed]
+    assert alive, "those that fitted live on"
+    for f in flows:
+        d.collect(f)
+    d.stack.tcp.reset_guest(GUEST, "enough")
+    assert d.stack.tcp.budget.held == 0
+
+
+def test_p4_windows_stop_opening_when_half_of_the_memory_is_used(drill: Callable[..., Drill]) -> None:
+    d = drill(limits=Limits(max_memory=100_000))
+    f, other = d.open(), d.open()
+    d.host(f).stop_reading()
+    assert f.sock is not None
+    f.sock.sent_buffer = 0
+    for _ in range(40):
+        d.guest(f, ".", data=bytes(1400))
+    d.collect(f)
+    assert 50_000 < d.stack.tcp.budget.held <= 100_000
+    for _ in range(50):
+        d.guest(other, ".", data=bytes(1460))
+        last = d.collect(other, within=0.05)[-1]
+    assert d.window_of(other, last) <= 16384
+    d.reset(f)
+    for _ in range(3):
+        d.guest(other, ".", data=bytes(1460))
+        last = d.collect(other, within=0.05)[-1]
+    assert d.window_of(other, last) > 500_000
+
+
+def test_g19_without_peeking_a_full_buffer_goes_on_when_the_guest_acknowledges(drill: Callable[..., Drill]) -> None:
+    d = drill(peek_off=False, limits=Limits(flow_buffer=4096))
+    f = d.open()
+    d.host(f).send(bytes(range(256)) * 400)
+    assert d.transfer(f, 102_400) == bytes(range(256)) * 400

@@ -98,6 +98,7 @@ class Guest:
     client_id: bytes = b""
     hostname: bytes = b""
     flags: int = 0
+    mtu: int | None = None
     options: dict[int, bytes] = field(default_factory=dict)
 
     def send(
@@ -133,6 +134,7 @@ class Guest:
             source=octets(source or ciaddr),
             destination=octets(destination),
             port=self.port,
+            mtu=self.mtu,
             now=self.lan.now,
         )
         if reply is None:

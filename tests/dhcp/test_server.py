@@ -510,3 +510,13 @@ def test_settings_that_cannot_be_sent_are_named(settings: dict[str, Any], word: 
 def test_routes_that_are_none_are_named() -> None:
     with pytest.raises(ConfigError, match=r"routes.*10\.0\.0\.0/8"):
         Server(Network(), Leases(Network()), routes=[("10.0.0.1/8", "192.168.65.1")])
+
+
+def test_the_mtu_is_that_of_the_clients_link(lan: Lan) -> None:
+    told = []
+    for number, mtu in enumerate((None, 1000, 65520), 1):
+        guest = lan.guest(number, mtu=mtu)
+        answer = guest.discover()
+        assert answer is not None
+        told.append(int.from_bytes(answer.message.options[Option.INTERFACE_MTU], "big"))
+    assert told == [1500, 1000, 65520]

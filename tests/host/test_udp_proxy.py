@@ -72,7 +72,7 @@ def test_datagrams_of_every_size_cross_whole_both_ways(octets: int, headroom: in
 
 
 def test_what_exceeds_the_mtu_leaves_on_the_way_that_fragments() -> None:  # I08
-    world = World(Network(mtu=576))
+    world = World(Network(mtu=576), mtu=576)
     server = world.host_socket()
     world.send(4000, ALIAS, server.getsockname()[1], b"")
     peer = server.recvfrom(10)[1]

@@ -97,6 +97,7 @@ class Drill:
         self,
         *,
         mtu: int = 1500,
+        link_mtu: int | None = None,
         offload: bool = False,
         link: str = "",
         peek_off: bool = True,
@@ -113,6 +114,7 @@ class Drill:
         self.network = Network(mtu=mtu, **settings)
         self.random = random.Random(seed)
         self.stack = Stack(self.network, clock=self.clock, rng=random.Random(seed), io=self.io, events=self.bus)
+        mtu = link_mtu or mtu
         self.link: Any = make_link(link or ("vnet" if offload else "plain"), mtu)
         self.io.adopt(self.link)
         self.mtu = mtu

@@ -90,6 +90,11 @@ class Peer:
         self._waiting.clear()
         self.sock.break_with(code)
 
+    def vanish(self) -> None:
+        """As the other end of a socket pair that is closed: the end of file, and a hang-up."""
+        self.sock.write_closed = True
+        self.shutdown()
+
     def close(self) -> None:
         """As a program's close: the end of file, and a RST for what is sent afterwards."""
         self.shutdown()
@@ -729,6 +734,13 @@ class FakeHostIO:
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             return FakeDatagramSocket(self, family, kind, protocol)
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    def admit(self, sock: Any) -> Any:
+        code = self.injected("admit")
+        if code:
+            sock.close()
+            raise OSError(code, os.strerror(code))
+        return sock
 
     def watch(self, fd: int, ready: Callable[[int], None], *, edge: bool = True, write: bool = False) -> None:
         code = self.injected("watch")

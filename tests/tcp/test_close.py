@@ -298,15 +298,41 @@ def test_t65_rst_in_a_half_closed_flow_resets_the_host(d: Drill, established: Es
 
 
 def test_t66_a_guest_that_never_closes_its_half_is_let_go(drill: Callable[..., Drill], direction: str) -> None:
-    """FIN-WAIT-2 with a host socket that is gone: nobody can use what the guest may still send."""
+    """FIN-WAIT-2 with a host that is gone: nobody can use what the guest may still send."""
     d = drill(timeouts=Timeouts(tcp_fin_wait_s=60.0))
+    f = d.open() if direction == "guest-open" else d.forward()
+    d.host(f).vanish()
+    d.expect(f, "F.")
+    d.guest(f, ".")
+    d.expect_none(59.0, f)
+    d.expect(f, "R.", within=1.1)
+    d.assert_clean()
+
+
+def test_t66_what_the_guest_has_not_taken_yet_is_not_cut_off(drill: Callable[..., Drill], direction: str) -> None:
+    d = drill(timeouts=Timeouts(tcp_fin_wait_s=10.0))
+    f = d.open(window=128) if direction == "guest-open" else d.forward(window=128)
+    d.host(f).send(bytes(150))
+    d.host(f).vanish()
+    d.collect(f)
+    assert len(f.received) == 128
+    d.guest(f, ".", window=0)
+    d.advance(15.0)
+    d.collect(f)
+    d.guest(f, ".", window=1000)
+    d.collect(f, within=0.05)
+    assert len(f.received) == 150
+    d.reset(f)
+
+
+def test_t66_a_host_that_resets_ends_the_guests_half(drill: Callable[..., Drill], direction: str) -> None:
+    d = drill()
     f = d.open() if direction == "guest-open" else d.forward()
     d.host(f).close()
     d.expect(f, "F.")
     d.guest(f, ".")
-    d.host(f).reset()  # the far end's machine answers no more
-    d.advance(130.0)
-    f.inbox.clear()
+    d.host(f).reset()
+    d.expect(f, "R.", within=0.05)
     d.assert_clean()
 
 

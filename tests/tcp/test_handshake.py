@@ -609,3 +609,33 @@ def test_l06_a_client_that_gives_up_while_the_guest_is_looked_for_is_let_go(dril
     _arp_reply(d)
     d.expect_none(0.5)
     assert not d.stack.tcp.flows
+
+
+@pytest.mark.parametrize("link_mtu", [1000, 9000])
+def test_t12_the_mss_is_that_of_the_guests_own_link(drill: Callable[..., Drill], link_mtu: int, direction: str) -> None:
+    """Two links of one network may differ in MTU."""
+    d = drill(mtu=1500, link_mtu=link_mtu)
+    f = d.open(mss=8960) if direction == "guest-open" else d.forward(mss=8960)
+    assert f.synack is not None and f.synack.mss == link_mtu - 40
+    d.host(f).send(bytes(20000))
+    assert max(len(segment.payload) for segment in d.collect(f, within=0.05)) <= link_mtu - 40
+
+
+def test_g21_a_service_gets_no_connection_when_only_reserved_descriptors_are_left(d: Drill) -> None:
+    """Connections to the gateway's own services take two descriptors each."""
+    d.stack.tcp.services[packets.ip("192.168.65.1"), 53] = lambda sock, source: pytest.fail("no descriptor was free")
+    d.io.fail("admit", 1, errno.EMFILE)
+    f = d.flow(("192.168.65.1", 53))
+    d.syn(f)
+    d.expect(f, "R.", seq=0, ack=f.isn + 1)
+    assert d.stack.counters.drops["descriptors"] == 1
+    d.assert_clean()
+
+
+def test_g21_a_client_of_a_published_port_is_reset_when_only_reserved_descriptors_are_left(d: Drill) -> None:
+    d.io.fail("admit", 1, errno.EMFILE)
+    sock, _far = d.io.connected()
+    told: list[str] = []
+    d.stack.dial(Endpoint(GUEST, 80), sock, on_close=told.append)
+    d.expect_none(0.1)
+    assert sock.closed and told and d.stack.counters.drops["descriptors"] == 1
