@@ -46,6 +46,7 @@ from netstack.link.unixgram import DatagramLink, PeerLink, UnixgramServer
 from netstack.link.vmnet import Handshake, Identity, Reserve
 from netstack.observe.events import Contained, EventBus, LinkLost, LinkUp
 from netstack.observe.metrics import Counters, Drop
+from netstack.settings import format_mac
 
 log = logging.getLogger("pyvpnkit.link")
 
@@ -453,6 +454,9 @@ class Attachments:
                 pause = FIRST_PAUSE_S
             if spec.how in ("inherited", "pid", "fd"):
                 break
+            mac = getattr(link, "guest_mac", None)
+            if mac is not None and spec.mac is None:  # the guest keeps its address when its interface is made again
+                spec = replace(spec, mac=format_mac(mac))
             while True:
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE_S)

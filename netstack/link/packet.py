@@ -52,6 +52,8 @@ class PacketLink:
         held = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
         self.window = max(held // 3, 65535)
         """Octets one guest connection should be allowed to send ahead."""
+        self.guest_mac: bytes | None = None
+        """Of the guest's interface, where we made it."""
         self._sock = sock
         room = self.headroom + max(_MAX_FRAME, mtu + 18)
         self._views = [memoryview(bytearray(room)) for _ in range(_BATCH)]
@@ -68,9 +70,13 @@ class PacketLink:
         except BlockingIOError:
             pass
         except OSError as error:
-            if error.errno not in (errno.EINTR, errno.ENETDOWN):  # down: it may come up again
+            if error.errno not in (errno.EINTR, errno.ENETDOWN) or not self._bound():  # down: it may come up again
                 raise LinkDown(f"{self.name}: {error.strerror}") from error
         return frames
+
+    def _bound(self) -> bool:
+        """Whether the interface still exists: deleting it looks like taking it down, but unbinds the socket for good."""
+        return bool(self._sock.getsockname()[0])
 
     def send(self, frames: Sequence[Frame]) -> int:
         sock = self._sock
@@ -123,14 +129,28 @@ def packet_socket(ifname: str, *, offload: bool = True) -> socket.socket:
     return sock
 
 
-def make_veth(ifname: str, ours: str, *, mtu: int, mac: bytes | None) -> None:
+def make_veth(ifname: str, ours: str, *, mtu: int, mac: bytes) -> None:
     """Create the pair `ifname` (the guest's end) and `ours` in this namespace, both up. Raises `ConfigError`."""
     ip = shutil.which("ip", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
     if ip is None:
         raise ConfigError("a packet link makes its veth pair with 'ip'; install the package iproute2")
-    address = ["address", mac.hex(":")] if mac is not None else []
     commands = [
-        ["link", "add", ifname, *address, "mtu", str(mtu), "type", "veth", "peer", "name", ours, "mtu", str(mtu)],
+        [
+            "link",
+            "add",
+            ifname,
+            "address",
+            mac.hex(":"),
+            "mtu",
+            str(mtu),
+            "type",
+            "veth",
+            "peer",
+            "name",
+            ours,
+            "mtu",
+            str(mtu),
+        ],
         ["link", "set", ours, "up"],
         ["link", "set", ifname, "up"],
     ]
@@ -171,6 +191,9 @@ def open_packet(
     end must have checksum offload turned off too).
     """
     ours = f"{ifname[:10]}-link"
+    if mac is None:
+        first, *rest = os.urandom(6)
+        mac = bytes((first & 0xFC | 2, *rest))  # locally administered, of one station
 
     def task() -> int:
         known = {found for _index, found in socket.if_nameindex()}
@@ -193,4 +216,6 @@ def open_packet(
             f"packet {ifname}: {reason}; it needs CAP_NET_RAW and CAP_NET_ADMIN in the namespace "
             "(an ordinary user has them in a user namespace: 'pyvpnkit shell')"
         ) from error
-    return PacketLink(socket.socket(fileno=fd), name or f"packet:{ifname}", mtu=mtu, vnet=offload)
+    link = PacketLink(socket.socket(fileno=fd), name or f"packet:{ifname}", mtu=mtu, vnet=offload)
+    link.guest_mac = mac
+    return link

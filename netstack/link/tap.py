@@ -41,6 +41,7 @@ _SIOCGIFFLAGS: Final = 0x8913
 _SIOCSIFFLAGS: Final = 0x8914
 _SIOCSIFMTU: Final = 0x8922
 _SIOCSIFHWADDR: Final = 0x8924
+_SIOCGIFHWADDR: Final = 0x8927
 _IFF_UP: Final = 1
 _IFF_TAP: Final = 0x0002
 _IFF_NO_PI: Final = 0x1000
@@ -65,6 +66,8 @@ class TapLink:
         self.headroom = VNET_HEADER if vnet else 0
         self.partial_checksums = vnet
         self.tso = max(mtu - 40, SUPER_FRAME_PAYLOAD // (mtu - 40) * (mtu - 40)) if vnet else 0
+        self.guest_mac: bytes | None = None
+        """Of the guest's interface, where it is known."""
         self._fd = fd
         self._file = os.fdopen(fd, "r+b", buffering=0, closefd=True)
         self._readinto = self._file.readinto
@@ -156,7 +159,9 @@ def open_tap(
             f"tap {ifname}: {reason}; it needs /dev/net/tun and CAP_NET_ADMIN in the namespace "
             "(as an ordinary user use a 'packet' link or 'pyvpnkit shell')"
         ) from error
-    return TapLink(fd, name or f"tap:{ifname}", mtu=mtu, vnet=offload)
+    link = TapLink(fd, name or f"tap:{ifname}", mtu=mtu, vnet=offload)
+    link.guest_mac = _hardware_address(fd)
+    return link
 
 
 def adopt_tap(fd: int, *, name: str = "", mtu: int = 1500, offload: bool = True) -> TapLink:
@@ -174,6 +179,15 @@ def adopt_tap(fd: int, *, name: str = "", mtu: int = 1500, offload: bool = True)
     except OSError as error:
         raise ConfigError(f"fd:{fd} is not an attached TAP device: {error.strerror}") from error
     return TapLink(fd, name or f"tap:{ifname.rstrip(bytes(1)).decode()}", mtu=mtu, vnet=vnet)
+
+
+def _hardware_address(fd: int) -> bytes | None:
+    import fcntl
+
+    try:
+        return fcntl.ioctl(fd, _SIOCGIFHWADDR, bytes(32))[18:24]
+    except OSError:
+        return None
 
 
 def _set_up(fd: int, ifname: str, *, vnet: bool, mtu: int, mac: bytes | None) -> None:

@@ -18,6 +18,7 @@ from netstack.observe.metrics import Counters
 from netstack.settings import Limits
 from netstack.tcp.receiver import Receiver
 from netstack.wire import arp, dhcp, ethernet, icmp, ipv4, tcp, udp
+from tests.fuzz.bend import spoil
 from tests.support import packets
 from tests.support.drill import GATEWAY, GATEWAY_MAC, GUEST, GUEST_MAC, HOST_ALIAS, Drill, Flow, pattern, text
 from tests.support.fake_host import Accept, Never, Refuse
@@ -61,27 +62,6 @@ def options(rng: random.Random) -> bytes:
         for _ in range(rng.randrange(4))
     )
     return made[:40]
-
-
-def spoil(rng: random.Random, data: bytes) -> bytes:
-    """A few octets changed, cut, repeated or added."""
-    octets = bytearray(data)
-    for _ in range(rng.choice([1, 1, 1, 2, 5])):
-        kind = rng.randrange(6)
-        at = rng.randrange(len(octets) + 1)
-        if kind == 0 and octets:
-            octets[at % len(octets)] ^= 1 << rng.randrange(8)
-        elif kind == 1 and octets:
-            octets[at % len(octets)] = rng.choice([0, 1, 0x7F, 0x80, 0xFF])
-        elif kind == 2:
-            del octets[at:]
-        elif kind == 3:
-            octets[at:at] = rng.randbytes(rng.randrange(1, 9))
-        elif kind == 4:
-            octets += rng.randbytes(rng.randrange(1, 40))
-        elif len(octets) >= 2:
-            struct.pack_into("!H", octets, at % (len(octets) - 1), rng.choice([0, 1, 0x7FFF, 0x8000, 0xFFFF]))
-    return bytes(octets)
 
 
 def resum(frame: bytes) -> bytes:

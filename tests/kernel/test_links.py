@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import socket
+import subprocess
 import threading
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from tests.support.netns import Namespace, World
+from tests.support.netns import Daemon, Namespace, World, wait_until
 from tests.support.webhost import MB, content, digest, read_all, serve, web
 
 pytestmark = pytest.mark.netns
@@ -127,3 +131,76 @@ def _echo_datagrams(server: socket.socket) -> None:
             if payload == b"stop":
                 return
             server.sendto(payload, sender)
+
+
+def _ticks(daemon: Daemon) -> int:
+    fields = Path(f"/proc/{daemon.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def _ping(guest: Namespace) -> None:
+    guest.run("ping", "-c", "1", "-W", "5", "192.168.65.1")
+
+
+@pytest.mark.parametrize("scheme", ["tap", "packet"])
+def test_f20_an_interface_that_goes_down_comes_up_again(fresh: World, scheme: str) -> None:
+    guest = fresh.namespace()
+    daemon = fresh.daemon("--link", f"{scheme}:netns={guest.name}")
+    address = guest.udhcpc()
+    _ping(guest)
+    guest.ip("link", "set", "eth0", "down")
+    before = _ticks(daemon)
+    time.sleep(1.0)
+    assert _ticks(daemon) - before <= 5, "clock ticks of CPU in a second without the interface"
+    guest.ip("link", "set", "eth0", "up")
+    assert guest.udhcpc() == address
+    _ping(guest)
+    assert daemon.stop() == 0, daemon.said()
+
+
+@pytest.mark.parametrize("scheme", ["tap", "packet"])
+def test_f20_an_interface_that_is_deleted_is_made_again(fresh: World, scheme: str) -> None:
+    guest = fresh.namespace()
+    daemon = fresh.daemon("--link", f"{scheme}:netns={guest.name}")
+    address = guest.udhcpc()
+    for times in (2, 3):
+        guest.ip("link", "del", "eth0")
+        wait_until(lambda times=times: daemon.said().count(": connected") == times, why=daemon.said)
+        before = _ticks(daemon)
+        assert guest.udhcpc() == address
+        _ping(guest)
+        assert _ticks(daemon) - before <= 50, "no spinning on what was lost"
+    assert daemon.stop() == 0, daemon.said()
+
+
+def _inhabitant(guest: Namespace) -> subprocess.Popen[str]:
+    """A process that is in there by now."""
+    process = guest.start("sleep", "1000")
+    wait_until(lambda: os.stat(f"/proc/{process.pid}/ns/net").st_ino == os.stat(guest.path).st_ino)
+    return process
+
+
+@pytest.mark.parametrize("scheme", ["tap", "packet"])
+def test_a_link_that_was_named_by_a_process_ends_with_it(fresh: World, scheme: str) -> None:
+    """Our descriptor keeps the namespace alive, so nothing else would tell that the guest is gone."""
+    guest, other = fresh.namespace(), fresh.namespace()
+    process = _inhabitant(guest)
+    daemon = fresh.daemon("--link", f"{scheme}:pid={process.pid}", "--link", f"tap:netns={other.name}")
+    guest.udhcpc()
+    _ping(guest)
+    other.udhcpc()
+    process.kill()
+    wait_until(lambda: f"{scheme}:pid={process.pid}: process {process.pid} has ended" in daemon.said(), why=daemon.said)
+    _ping(other)
+    assert daemon.said().count("has ended") == 1
+    if scheme == "tap":
+        assert "eth0" not in guest.ip("link"), "the device went with its descriptor"
+    assert daemon.stop() == 0, daemon.said()
+
+
+def test_the_daemon_ends_with_the_process_of_its_only_link(fresh: World) -> None:
+    guest = fresh.namespace()
+    process = _inhabitant(guest)
+    daemon = fresh.daemon("--link", f"tap:pid={process.pid}")
+    process.kill()
+    assert daemon.process.wait(10) == 0, daemon.said()
