@@ -10,6 +10,7 @@ import random
 import socket
 import stat
 import struct
+import subprocess
 import time
 import uuid
 from collections.abc import Callable, Coroutine, Iterator
@@ -25,6 +26,7 @@ from netstack.link import attach as attach_module
 from netstack.link import listening
 from netstack.link.attach import MAX_HANDSHAKES, Attachments
 from netstack.link.capture import CaptureLink
+from netstack.link.namespace import process_handle
 from netstack.link.spec import LinkSpec
 from netstack.link.vmnet import Request, emit_command, emit_init
 from netstack.observe.events import Event, EventBus, LinkLost, LinkUp
@@ -681,3 +683,17 @@ def test_the_same_holds_in_uvloop(scenario: Callable[..., Coroutine[Any, Any, No
     """The daemon's loop, where the others run in asyncio's own."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(scenario(Network(), tmp_path))
+
+
+def test_a_process_can_be_watched_only_where_there_are_pidfds(monkeypatch: pytest.MonkeyPatch) -> None:
+    with subprocess.Popen(["sleep", "1000"]) as process:
+        try:
+            handle = process_handle(process.pid)
+            if handle is not None:  # Linux 5.3
+                os.close(handle)
+            monkeypatch.delattr(os, "pidfd_open", raising=False)
+            assert process_handle(process.pid) is None
+        finally:
+            process.kill()
+    monkeypatch.undo()
+    assert process_handle(process.pid) is None, "it has ended"
