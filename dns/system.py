@@ -66,8 +66,8 @@ class Upstream:
             if scope_text:
                 scope = int(scope_text) if scope_text.isdecimal() else socket.if_nametoindex(scope_text)
         except (OSError, ValueError):
-            port = 0
-        if not 0 < port < 65536:
+            port = scope = 0
+        if not (0 < port < 65536 and scope < 1 << 32):
             raise ConfigError(
                 f"DNS server {text!r}: write an address, as in 192.0.2.53, 192.0.2.53#5353 or [2001:db8::53]:53"
             )

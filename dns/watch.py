@@ -63,9 +63,11 @@ class WatchedFile(Generic[Parsed]):
                 return
             with open(self.path, "rb") as file:
                 text = file.read(MAX_OCTETS).decode("utf-8", "replace")
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path, or what is no text in its encoding
             if self._seen is not None:
-                log.warning("%s cannot be read any more (%s); going on without it", self.path, error.strerror)
+                log.warning(
+                    "%s cannot be read any more (%s); going on without it", self.path, getattr(error, "strerror", error)
+                )
                 self._parsed = self._parse("")
             self._seen = None
             return

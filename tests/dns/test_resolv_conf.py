@@ -42,11 +42,27 @@ def test_a_link_local_server_has_the_index_of_its_interface() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "one.one.one.one", "1.2.3", "1.2.3.4#0", "1.2.3.4#65536", "1.2.3.4:x", "fe80::1%no-such-if0", "::1::2"]
+    "text",
+    [
+        "",
+        "one.one.one.one",
+        "1.2.3",
+        "1.2.3.4#0",
+        "1.2.3.4#65536",
+        "1.2.3.4:x",
+        "fe80::1%no-such-if0",
+        "fe80::1%4294967296",
+        "::1::2",
+    ],
 )
 def test_what_is_no_server_is_refused_in_words(text: str) -> None:
     with pytest.raises(ConfigError, match=r"192\.0\.2\.53"):
         Server(upstreams=[text])
+
+
+@pytest.mark.parametrize("path", ["a\0b", "\udcff", "", "/dev"])
+def test_a_path_that_cannot_be_one_is_a_file_without_servers(path: str) -> None:
+    assert system.watch(path, lambda: 0.0).current().servers == ()
 
 
 def test_resolv_conf_is_read_as_the_c_library_reads_it() -> None:
