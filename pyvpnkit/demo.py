@@ -31,7 +31,7 @@ from portfwd.spec import PublishSpec
 from pyvpnkit.config import CaptureSettings, Settings
 from pyvpnkit.demo_worker import MAX_MESSAGE, work
 from pyvpnkit.dhcp_client import Lease
-from pyvpnkit.guest import Guest
+from pyvpnkit.guest import Guest, need_linux
 from pyvpnkit.keeper import die_with_parent
 
 if TYPE_CHECKING:
@@ -113,6 +113,7 @@ class HostWorker(Worker):
 
 def main(parsed: argparse.Namespace) -> int:
     """Give the tour; 0 if all of it worked. Raises `HostError` where there cannot be a guest."""
+    need_linux()
     try:
         fd, capture = tempfile.mkstemp(prefix="pyvpnkit-demo-", suffix=".pcapng")
     except OSError as error:

@@ -71,6 +71,12 @@ Task: TypeAlias = Callable[[], int]
 """What runs in the guest: a function that returns an exit status, or becomes another program."""
 
 
+def need_linux() -> None:
+    """Raises `HostError` elsewhere."""
+    if sys.platform != "linux":
+        raise HostError("a guest without a machine needs Linux (namespaces); attach a machine with 'pyvpnkit run'")
+
+
 class Guest:
     """The parent's end. A context manager: leaving it ends the guest, however far it got."""
 
@@ -89,8 +95,7 @@ class Guest:
 
         `kind` is one of `LINK_KINDS`. Raises `HostError` when namespaces or a link are not to be had, with what to change.
         """
-        if sys.platform != "linux":
-            raise HostError("a guest without a machine needs Linux (namespaces); attach a machine with 'pyvpnkit run'")
+        need_linux()
         kind = kind or os.environ.get(LINK_VARIABLE) or "auto"
         if kind not in LINK_KINDS:
             raise ConfigError(f"{LINK_VARIABLE}: {kind!r} is unknown; use one of {', '.join(LINK_KINDS)}")
