@@ -116,6 +116,12 @@ class UdpProxy:
 
     # Guest to host.
 
+    def flush(self, now: float) -> None:
+        """A batch of the guest's frames is over: what was collected leaves."""
+        collecting = self.wiring.collecting
+        if collecting is not None:
+            collecting.flush(now)
+
     def input(self, packet: Packet, now: float) -> None:
         """A datagram that no association took: verify it, find who is to have it, and remember the way."""
         drops = self.wiring.counters.drops

@@ -1,8 +1,9 @@
 """A host UDP socket with a guest behind it: what NAT mappings and published ports have in common. HOT PATH.
 
-Guest to host: the interface finds an `Association` by the 12 octets of addresses and ports and calls `forward`, which is one
-`sendto`. Host to guest: `ready` receives a burst of datagrams into one buffer of the proxy, each with room in front, has
-`Template.frame` put the headers there, and hands the frames to the guest's port in one call.
+Guest to host: the interface finds an `Association` by the 12 octets of addresses and ports and calls `forward`. Datagrams of
+one batch that follow each other there with equal length leave in one `sendmsg` (UDP_SEGMENT, Linux), which costs a third of
+a `sendto` each; `flush` ends the batch. Host to guest: `ready` receives a burst of datagrams into one buffer of the proxy,
+each with room in front, has `Template.frame` put the headers there, and hands the frames to the guest's port in one call.
 
 The socket is watched level-triggered for reading only: watched for writing, every datagram that leaves is an event. What a
 budget leaves in the socket makes it ready again, so nothing is lost and other sockets get their turn in between. One
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import socket
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -46,12 +48,19 @@ _BATCH_OCTETS: Final = 65536
 _RECEIVE_BUFFER: Final = 1 << 20
 """Asked for per socket (the kernel may grant less): at 60,000 datagrams/s its default holds 3 ms."""
 _PROTOCOL: Final = 17
+_UDP_SEGMENT: Final = 103
+MAX_SEGMENTS: Final = 64
+"""Linux's UDP_MAX_SEGMENTS of kernels before 6.9."""
+_MAX_TRAIN: Final = 62000
+_ORDINARY: Final = 1472
+_NO_SEGMENTS: Final = frozenset((errno.EINVAL, errno.EIO, errno.EOPNOTSUPP, errno.ENOPROTOOPT, errno.EMSGSIZE))
+"""What a way out without segmentation says: a tunnel (IPsec), a device without checksums, a small MTU, an old kernel."""
 
 
 class Wiring:
     """What all sockets of one proxy share."""
 
-    __slots__ = ("buffer", "clock", "counters", "identification", "io", "network", "output", "view")
+    __slots__ = ("buffer", "clock", "collecting", "counters", "identification", "io", "network", "output", "view")
 
     def __init__(self, network: Network, io: HostIO, output: Output, counters: Counters, clock: Clock) -> None:
         self.network = network
@@ -60,6 +69,8 @@ class Wiring:
         self.counters = counters
         self.clock = clock
         self.identification = 0
+        self.collecting: Association | None = None
+        """Whose datagrams wait for more of the same."""
         self.buffer = bytearray(LEAD + _BATCH_OCTETS + _DATAGRAM + TRAIL)
         self.view = memoryview(self.buffer)
 
@@ -93,6 +104,7 @@ class Association:
         "port",
         "sendto",
         "socket",
+        "waiting",
     )
 
     def __init__(
@@ -117,23 +129,64 @@ class Association:
         self.dont_fragment = False
         """DF of the last whole datagram that took the general way; those of one socket hardly differ."""
         self.octets = 0
-        """Payload of the last datagram, for the quote of an error."""
+        """Payload of the last datagram, also for the quote of an error."""
+        self.waiting: list[memoryview] = []
+        """Datagrams of this batch, all of that length; they die with it."""
         self.sendto: Callable[[memoryview, Address], int] = socket.sock.sendto
 
     def forward(self, payload: memoryview, ttl: int, now: float) -> None:
-        """Send one datagram of the guest; `ttl` (2..255) is what its header says. HOT PATH."""
+        """Take one datagram of the guest; `ttl` (2..255) is what its header says. `payload` lives until `flush`. HOT PATH."""
         holder = self.socket
+        wiring = holder.wiring
+        octets = len(payload)
+        if wiring.collecting is self:
+            waiting = self.waiting
+            count = len(waiting)
+            if (
+                octets == self.octets
+                and ttl == holder.ttl
+                and self.dont_fragment is holder.dont_fragment
+                and holder.segments
+                and 0 < octets <= _ORDINARY
+                and count < MAX_SEGMENTS
+                and octets * count < _MAX_TRAIN
+            ):
+                waiting.append(payload)
+                return
+            self.flush(now)
+        elif wiring.collecting is not None:
+            wiring.collecting.flush(now)
         if ttl != holder.ttl or self.dont_fragment is not holder.dont_fragment:
             holder.set_mode(ttl, self.dont_fragment)
-        entry = self.entry
-        entry.sent = now
-        octets = self.octets = len(payload)
-        try:
-            self.sendto(payload, self.address)
-        except OSError as error:
-            holder.send_failed(self, payload, error, now)
+        self.entry.sent = now
+        self.octets = octets
+        self.waiting.append(payload)
+        wiring.collecting = self
+
+    def flush(self, now: float) -> None:
+        """Send what waits."""
+        holder = self.socket
+        holder.wiring.collecting = None
+        waiting, self.waiting = self.waiting, []
+        if holder.closed:
             return
-        entry.octets_outbound += octets
+        if len(waiting) > 1:
+            ancillary = ((_PROTOCOL, _UDP_SEGMENT, self.octets.to_bytes(2, sys.byteorder)),)
+            try:
+                self.entry.octets_outbound += holder.sock.sendmsg(waiting, ancillary, 0, self.address)
+                return
+            except OSError as error:
+                if error.errno in _NO_SEGMENTS:
+                    holder.segments = False
+                else:
+                    holder.relay_errors(now)  # it was about an earlier one
+        for payload in waiting:
+            try:
+                self.sendto(payload, self.address)
+            except OSError as error:
+                holder.send_failed(self, payload, error, now)
+            else:
+                self.entry.octets_outbound += len(payload)
 
 
 class GuestSocket:
@@ -147,6 +200,8 @@ class GuestSocket:
         """The guest's, one more than the socket's."""
         self.dont_fragment: bool | None = None
         self.closed = False
+        self.segments = sys.platform == "linux"
+        """Whether several datagrams may leave in one call; no longer once the way out refused."""
         self.associations: dict[Address, Association] = {}
         self._routes: dict[Address, Route] = {}
         self._burst = 1

@@ -297,7 +297,11 @@ def test_a_bad_checksum_or_length_is_dropped_and_none_is_accepted(world: World) 
     server = world.host_socket()
     port = server.getsockname()[1]
     good = bytes(udp_packet(world.port, GUEST, 4000, ALIAS, port, b"payload").payload)
-    world_input: Any = world.proxy.input
+
+    def world_input(packet: Any, now: float) -> None:
+        world.proxy.input(packet, now)
+        world.proxy.flush(now)
+
     for datagram, drop in [
         (good[:6] + bytes((good[6] ^ 1, good[7])) + good[8:], Drop.UDP_CHECKSUM),
         (good[:-1] + b"!", Drop.UDP_CHECKSUM),
@@ -521,3 +525,45 @@ def test_while_draining_old_mappings_work_and_new_ones_are_refused(world: World)
     world.send(4001, ALIAS, server.getsockname()[1], b"new")
     assert [server.recvfrom(10)[0] for _ in range(2)] == [b"old", b"old"]
     assert len(world.io.open) == 1
+
+
+def test_a_batch_to_one_destination_arrives_as_the_datagrams_it_was(world: World) -> None:  # U01
+    """Equal lengths leave together; whatever differs does not, and the order stays."""
+    server, other = world.host_socket(), world.host_socket()
+    port, other_port = server.getsockname()[1], other.getsockname()[1]
+    lengths = [100] * 70 + [0, 0, 7, 7, 100, 1472, 1472, 1473, 1473, 8000, 8000, 1]
+    sent = [bytes((number & 0xFF,)) * length for number, length in enumerate(lengths)]
+    for number, payload in enumerate(sent):
+        world.queue(4000, ALIAS, port, payload)
+        if number % 40 == 39:
+            world.queue(4000, ALIAS, other_port, b"between")
+    world.proxy.flush(world.now)
+    assert [server.recv(9000) for _ in sent] == sent
+    assert [other.recv(100) for _ in range(2)] == [b"between"] * 2
+    assert world.proxy.flows()[0].octets_outbound == sum(lengths) + 14
+
+
+def test_a_way_out_without_segmentation_gets_datagrams_one_by_one(world: World) -> None:
+    """A small MTU on the way refuses what is sent together; nothing is lost, and it is not tried again."""
+    server = world.host_socket()
+    world.queue(4000, ALIAS, server.getsockname()[1], b"first")
+    world.proxy.flush(world.now)
+    association = next(iter(world.proxy.associations.values()))
+    tried = []
+
+    class NoSegments:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(sock, name)
+
+        def sendmsg(self, *arguments: Any) -> int:
+            tried.append(arguments)
+            raise OSError(errno.EIO, "no segmentation here")
+
+    sock, association.socket.sock = association.socket.sock, NoSegments()
+    for _ in range(2):
+        for number in range(20):
+            world.queue(4000, ALIAS, server.getsockname()[1], bytes((number,)) * 50)
+        world.proxy.flush(world.now)
+    assert len(tried) == 1
+    assert server.recv(100) == b"first"
+    assert [server.recv(100)[0] for _ in range(40)] == [*range(20)] * 2

@@ -288,7 +288,12 @@ class World:
         return sock
 
     def send(self, sport: int, destination: bytes, dport: int, payload: bytes, **fields: Any) -> None:
-        """The guest sends: the fast way where an association exists, as the interface does it."""
+        """The guest sends one datagram, a batch of its own."""
+        self.queue(sport, destination, dport, payload, **fields)
+        self.proxy.flush(self.now)
+
+    def queue(self, sport: int, destination: bytes, dport: int, payload: bytes, **fields: Any) -> None:
+        """As `send`, in one batch with what follows: the fast way where an association exists, as the interface does it."""
         source = fields.pop("source", GUEST)
         key = source + destination + struct.pack("!HH", sport, dport)
         association = self.proxy.associations.get(key)
