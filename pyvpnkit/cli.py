@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 import netstack  # noqa: F401  # first: it makes our `dns` importable beside dnspython's
 from netstack.errors import ConfigError, NetstackError
@@ -77,15 +77,17 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         return f"{words}{default}".replace("%", "%%")
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says which flag may have been meant."""
+class _Command(argparse.ArgumentParser):
+    """Says which of its flags may have been meant. (By itself argparse leaves that to the parser of the whole line.)"""
 
-    def error(self, message: str) -> NoReturn:
-        _, unrecognized, rest = message.partition("unrecognized arguments: ")
-        if unrecognized and rest.startswith("--"):
-            flags = ["--config", "--ready-fd", *(flag for option in OPTIONS for flag in option.flags)]
-            message += values.meant(rest.split()[0].partition("=")[0], flags)
-        super().error(message)
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            word = unknown[0].partition("=")[0]
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            meant = values.meant(word, flags) if word.startswith("--") else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
+        return found, unknown
 
 
 def _columns() -> int:
@@ -119,8 +121,12 @@ def settings(arguments: argparse.Namespace) -> Settings:
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    top = _Parser(prog="pyvpnkit", description=OVERVIEW, epilog=EXAMPLES, formatter_class=_Help, allow_abbrev=False)
-    commands = top.add_subparsers(dest="command_name", metavar="COMMAND", required=True, title="commands")
+    top = argparse.ArgumentParser(
+        prog="pyvpnkit", description=OVERVIEW, epilog=EXAMPLES, formatter_class=_Help, allow_abbrev=False
+    )
+    commands = top.add_subparsers(
+        dest="command_name", metavar="COMMAND", required=True, title="commands", parser_class=_Command
+    )
 
     def command(name: str, help: str, **more: Any) -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=help, formatter_class=_Help, allow_abbrev=False, **more)

@@ -126,7 +126,8 @@ async def _serve(settings: Settings, ready_fd: int | None, reload: Reload | None
 
 async def _until_stopped(service: Service, stop: _Stop, ready_fd: int | None) -> None:
     process.settle_memory()
-    log.info("ready")
+    doors = service.attachments.listening
+    log.info("ready%s", f", listening on {', '.join(doors)}" if doors else "")
     process.notify("READY=1", f"MAINPID={os.getpid()}")
     if ready_fd is not None:
         process.say_ready(ready_fd)

@@ -48,6 +48,7 @@ from portfwd.registry import Registry
 from pyvpnkit import config
 from pyvpnkit.config import Option, Settings
 from pyvpnkit.driver import Driver
+from pyvpnkit.wording import line
 
 log = logging.getLogger("pyvpnkit")
 
@@ -252,13 +253,18 @@ class Service:
     def _open_capture(self, settings: Settings) -> PcapWriter:
         capture = settings.capture
         assert capture.file is not None
-        return PcapWriter(
-            capture.file,
-            limit=capture.size or UNLIMITED,
-            files=capture.files,
-            snaplen=capture.snaplen,
-            events=self.events,
-        )
+        try:
+            return PcapWriter(
+                capture.file,
+                limit=capture.size or UNLIMITED,
+                files=capture.files,
+                snaplen=capture.snaplen,
+                events=self.events,
+            )
+        except ConfigError as error:
+            if ";" in str(error):  # it says what to change
+                raise
+            raise ConfigError(f"{error}; name a file that this user may write, in a directory that exists") from None
 
     def _wrap(self, link: Link) -> Link:
         return link if self._capture is None else CaptureLink(link, self._capture)
@@ -274,9 +280,9 @@ class Service:
             if isinstance(event, FlowClosed):
                 self._closed_a_flow.set()
             if log.isEnabledFor(logging.DEBUG):
-                log.debug("%s", event)
+                log.debug("%s", line(event))
         elif isinstance(event, _WORTH_KNOWING):
-            log.info("%s", event)
+            log.info("%s", line(event))
             if isinstance(event, LeaseGiven | LeaseReleased):
                 self._again("save", SAVE_AFTER_S, self._save_soon)
                 self.registry.retarget()
@@ -356,6 +362,7 @@ class Service:
         """What a person wants to know at a glance; text, numbers, lists and mappings only."""
         return {
             **self.stack.status(),
+            "listening": self.attachments.listening,
             "published": [str(forward) for forward in self.registry],
             "flows": [dataclasses.asdict(flow) for flow in self.stack.flows()],
             "capture": "off"

@@ -124,6 +124,7 @@ class Attachments:
         self._attached: dict[int, _Attached] = {}
         """By `id` of the link inside its wrappers."""
         self._doors: list[UnixSocket | socket.socket] = []
+        self._listening: list[str] = []
         self._servers: list[UnixgramServer] = []
         self._handshakes: dict[asyncio.Task[None], None] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -173,6 +174,11 @@ class Attachments:
     def links(self) -> list[Link]:
         """The links the stack has, as it has them (wrapped)."""
         return [attached.link for attached in self._attached.values()]
+
+    @property
+    def listening(self) -> list[str]:
+        """Where a guest can attach now: the URLs, with the port that was chosen where 0 was asked for."""
+        return list(self._listening) if self._open else []
 
     def add(self, spec: LinkSpec) -> None:
         """Begin with one more link. Raises `ConfigError`."""
@@ -293,6 +299,7 @@ class Attachments:
     def _serve(self, spec: LinkSpec, sock: socket.socket, *, ours: bool) -> None:
         if not ours:
             self._doors.append(sock)
+        self._listening.append(_url(spec, sock))
         if spec.kind == "unixgram":
             server = UnixgramServer(
                 sock,
@@ -491,6 +498,14 @@ class Attachments:
         if now - self._complained.get(cause, -1.0) >= 1.0:
             self._complained[cause] = now
             log.warning("%s", text)
+
+
+def _url(spec: LinkSpec, door: socket.socket) -> str:
+    """Where it listens; without options, for they are nothing to attach to."""
+    if spec.how == "tcp":
+        host, _, _port = spec.where.rpartition(":")
+        spec = replace(spec, where=f"{host}:{door.getsockname()[1]}")
+    return replace(spec, name=None).label
 
 
 def _connected(sock: socket.socket) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import Any
 
@@ -33,10 +34,24 @@ def open_device(spec: LinkSpec, mtu: int) -> Link:
         target = f"/proc/self/fd/{spec.where}" if spec.how == "fd" else spec.where
         try:
             namespaces = namespace_paths("pid" if spec.how == "pid" else "netns", target)
+            for path, _kind in namespaces:
+                os.stat(path)
         except OSError as error:
-            raise ConfigError(f"link {spec}: {error.strerror}; give a process that runs") from None
+            raise ConfigError(f"link {spec}: {_no_namespace(spec, error)}") from None
     ifname = spec.where if spec.how == "device" else spec.ifname or DEFAULT_IFNAME
     mac = None if spec.mac is None else parse_mac(spec.mac)
     opener = module.open_tap if spec.kind == "tap" else module.open_packet
     opened: Link = opener(ifname, namespaces=namespaces, mac=mac, **wanted)
     return opened
+
+
+def _no_namespace(spec: LinkSpec, error: OSError) -> str:
+    if not isinstance(error, FileNotFoundError):
+        return f"{error.strerror}; give a namespace that this user may enter, as a rule one of the user's own"
+    match spec.how:
+        case "pid":
+            return f"there is no process {spec.where}; give a process that runs"
+        case "fd":
+            return f"descriptor {spec.where} is not open; the parent must leave it open across exec"
+        case _:
+            return f"there is no network namespace {spec.where!r}; `ip netns list` shows those there are"

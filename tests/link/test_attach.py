@@ -274,6 +274,8 @@ async def test_a_stale_socket_in_a_directory_of_everybody_is_left(network: Netwo
         ("qemu:{}/" + "x" * 120, "at most 107 octets"),
         ("fd:999", "leave the descriptor open"),
         ("tap:pid=4194300", "a process that runs"),
+        ("tap:netns=nope", "no network namespace 'nope'; `ip netns list` shows"),
+        ("packet:fd=999", "descriptor 999 is not open"),
     ],
 )
 async def test_a_link_that_cannot_be_had_is_said_at_start(

@@ -31,6 +31,7 @@ def test_help_of_run_explains_every_option_with_its_default(capsys: pytest.Captu
         pytest.param([], "COMMAND", id="nothing"),
         pytest.param(["rnu"], "rnu", id="command"),
         pytest.param(["run", "--gatway-ip", "10.0.0.1"], "did you mean '--gateway-ip'?", id="flag"),
+        pytest.param(["shell", "--pool-frist", "10.0.0.9"], "did you mean '--pool-first'?", id="flag of shell"),
         pytest.param(["run", "--mtu", "12", "-p", "x"], "--publish: publish: 'x'", id="two bad values"),
         pytest.param(["run", "--ready-fd", "x"], "--ready-fd", id="descriptor"),
         pytest.param(["check-config", "/nonexistent"], "No such file", id="no file"),
@@ -78,3 +79,11 @@ def test_shell_takes_a_command(argv: list[str], command: list[str]) -> None:
     assert arguments.command == command
     if "-p" in argv:
         assert cli.given(arguments) == {"network.mtu": ["9000"], "publish": ["1:1"]}
+
+
+@pytest.mark.parametrize("command", ["shell", "demo", "check-config"])
+def test_no_flag_of_another_command_is_suggested(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command, "--usr", *(["file"] if command == "check-config" else [])]) == 2
+    said = capsys.readouterr().err
+    assert "unrecognized arguments: --usr" in said and "--user" not in said
+    assert f"usage: pyvpnkit {command}" in said

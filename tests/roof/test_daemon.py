@@ -246,7 +246,7 @@ class TestReload:
             made.signal(signal.SIGHUP)
             log = made.wait_said("not reloaded")
             assert f"{settings}:2:1: unknown key 'log_levle' at the top (did you mean 'log_level'?)" in log
-            assert "ForwardRemoved" not in log
+            assert "no longer published" not in log
             guest = StreamGuest(made.link)
             guest.lease()
             guest.close()
@@ -271,6 +271,36 @@ class TestReload:
             log = made.wait_said("nothing that can change now has changed")
             assert log.count("these need a restart: network.mtu") >= 2, "what still waits is said each time"
             assert made.stop() == 0
+
+
+def test_where_guests_can_attach_is_said_and_listed(tmp_path: Path) -> None:
+    with daemon(tmp_path, "--link", "qemu:tcp:127.0.0.1:0,name=other") as made:
+        found = re.search(rf"INFO ready, listening on qemu:{made.link}, (qemu:tcp:127.0.0.1:(\d+))\n", made.said())
+        assert found is not None, made.said()
+        made.signal(signal.SIGUSR1)
+        log = made.wait_said("ntp:")
+        assert "links: -" in log
+        assert f"listening: 2\n  qemu:{made.link}\n  {found[1]}\n" in log
+        socket.create_connection(("127.0.0.1", int(found[2])), timeout=5).close()
+        made.wait_said("other: connected")
+        assert made.stop() == 0
+
+
+def test_the_log_reads_as_sentences(tmp_path: Path, server: socket.socket) -> None:
+    with daemon(tmp_path, "-p", "0:80", "--log-level", "debug", "--grace", "0.2") as made:
+        guest = StreamGuest(made.link)
+        guest.lease()
+        port = server.getsockname()[1]
+        assert guest.connect(HOST, port) is not None
+        guest.close()
+        assert made.stop() == 0
+        log = made.said()
+    assert re.search(r"INFO published tcp:127\.0\.0\.1:\d+:80\n", log)
+    assert "INFO lease 192.168.65.3 for 02:00:00:00:00:07\n" in log
+    assert re.search(rf"DEBUG tcp 192\.168\.65\.3:\d+ -> 192\.168\.65\.2:{port} opened\n", log)
+    assert re.search(rf"DEBUG tcp 192\.168\.65\.3:\d+ - 192\.168\.65\.2:{port} closed: .*; 0 octets out", log)
+    assert re.search(r"INFO no longer published tcp:127\.0\.0\.1:\d+:80\n", log)
+    assert not re.search(r"[A-Z][a-z]+[A-Z][a-z]+ \w+=", log), "no repr"
 
 
 def test_sigusr1_prints_what_goes_on(running: Daemon, server: socket.socket) -> None:
@@ -301,7 +331,7 @@ def has_ipv6() -> bool:
 
 def published(made: Daemon, protocol: str = "tcp", bind: str = "127.0.0.1") -> int:
     """The host port that the operating system chose for `-p 0:...`."""
-    found = re.search(rf"ForwardAdded forward={protocol}:{re.escape(bind)}:(\d+):", made.said())
+    found = re.search(rf"INFO published {protocol}:{re.escape(bind)}:(\d+):", made.said())
     assert found is not None, made.said()
     return int(found[1])
 
@@ -424,6 +454,9 @@ def test_what_prevents_a_start_is_said_in_a_line_that_helps(tmp_path: Path) -> N
     link = f"qemu:{tmp_path}/net.sock"
     assert "give --link" in refused(tmp_path)
     assert "does not exist" in refused(tmp_path, "--link", f"qemu:{tmp_path}/absent/net.sock")
+    for capture in (f"{tmp_path}/absent/x.pcapng", str(tmp_path)):
+        text = refused(tmp_path, "--link", link, "--capture", capture)
+        assert f"capture {capture}: " in text and "name a file that this user may write" in text
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         text = refused(tmp_path, "--link", link, "-p", f"{port}:80")
@@ -485,7 +518,7 @@ def test_root_binds_the_ports_and_somebody_else_does_the_rest() -> None:
                 assert f"Uid:\t{nobody.pw_uid}\t{nobody.pw_uid}\t{nobody.pw_uid}\t{nobody.pw_uid}" in status
             for path in (made.link, f"{name}/x.pcapng"):
                 assert os.stat(path).st_uid == nobody.pw_uid
-            assert "ForwardAdded" in made.said()
+            assert "INFO published tcp:" in made.said()
             guest = StreamGuest(made.link)
             guest.lease()
             guest.close()
