@@ -1,4 +1,7 @@
-"""Sequence number arithmetic modulo 2**32 (RFC 9293 3.4): the only place that knows it. HOT PATH."""
+"""Sequence number arithmetic modulo 2**32 (RFC 9293 3.4). HOT PATH.
+
+Sums and differences are taken in place, `(a + b) & MASK`, where a call would cost more than they do.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,6 @@ from typing import Final
 
 MASK: Final = 0xFFFFFFFF
 HALF: Final = 0x80000000
-
-
-def add(a: int, octets: int) -> int:
-    """`a` moved on by `octets` (which may be negative)."""
-    return (a + octets) & MASK
 
 
 def distance(a: int, b: int) -> int:
