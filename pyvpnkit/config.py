@@ -222,9 +222,6 @@ OPTIONS: Final[tuple[Option, ...]] = (
 
 BY_KEY: Final[Mapping[str, Option]] = {option.key: option for option in OPTIONS}
 
-GIVEN_BY_SUBNET: Final = ("network.gateway", "network.host_alias")
-"""Follow a subnet of one's own as its first and second address, unless they are given themselves."""
-
 
 def value_of(settings: Settings, option: Option) -> Any:
     """The value of `option` in `settings`."""

@@ -47,7 +47,6 @@ class Driver:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._soon: asyncio.Handle | None = None
-        self.turns = 0
 
     def start(self) -> None:
         """Begin; the first turn comes on the loop's next pass."""
@@ -65,7 +64,6 @@ class Driver:
         self._pump()
 
     def _pump(self) -> None:
-        self.turns += 1
         if self._stack.turn():
             self.wake()
         else:

@@ -22,10 +22,6 @@ from netstack.errors import ConfigError, LinkDown
 from netstack.link.namespace import open_inside
 
 VNET_HEADER: Final = 12
-NEEDS_CHECKSUM: Final = 1
-DATA_VALID: Final = 2
-GSO_NONE: Final = 0
-GSO_TCPV4: Final = 1
 SUPER_FRAME_PAYLOAD: Final = 45 * 1448
 """TCP payload of the largest super-frame we send: whole segments of MTU 1500 (IP total length must stay below 65,536)."""
 
