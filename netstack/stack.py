@@ -28,7 +28,7 @@ from netstack.dhcp.server import Server as DhcpServer
 from netstack.errors import LinkDown, Malformed
 from netstack.host.icmp_proxy import IcmpProxy
 from netstack.host.io import HostIO, native_io
-from netstack.host.tcp_flow import TcpFlow
+from netstack.host.tcp_flow_state import FlowState
 from netstack.host.tcp_proxy import FlowInfo, TcpProxy
 from netstack.host.udp_proxy import UdpProxy
 from netstack.iface.interface import Interface, Packet
@@ -216,7 +216,7 @@ class Stack:
                 except Exception as error:  # contained: this flow is reset
                     self._contain_flow(flow, error)
 
-    def _contain_flow(self, flow: TcpFlow, error: Exception) -> None:
+    def _contain_flow(self, flow: FlowState, error: Exception) -> None:
         self._contain("tcp flow", error)
         try:
             flow.abort("internal error")
@@ -253,7 +253,7 @@ class Stack:
                     ready(mask)
                 except Exception as error:  # contained: one event; a flow's is reset
                     owner = getattr(ready, "__self__", None)
-                    if isinstance(owner, TcpFlow):
+                    if isinstance(owner, FlowState):
                         self._contain_flow(owner, error)
                     else:
                         self._contain("event", error)

@@ -18,7 +18,7 @@ import hashlib
 import logging
 import random
 import socket
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from heapq import heapify, heappush
@@ -30,7 +30,11 @@ from netstack.host.io import ERROR, HANGUP, HostIO
 from netstack.host.octets import Budget, OctetsOf
 from netstack.host.tcp_burst import Burst
 from netstack.host.tcp_flow import TcpFlow
+from netstack.host.tcp_flow_state import FlowState
 from netstack.host.tcp_frames import FrameMaker
+from netstack.host.tcp_time_wait import Note, TimeWait
+from netstack.host.tcp_to_guest import ToGuest
+from netstack.host.tcp_to_host import ToHost
 from netstack.iface.interface import Packet
 from netstack.iface.neighbours import Neighbour
 from netstack.iface.output import Output
@@ -47,7 +51,6 @@ from netstack.wire.tcp import ACK, FIN, RST, SYN
 
 log = logging.getLogger("pyvpnkit.tcp")
 
-TIME_WAIT_LIMIT: Final = 8192
 _UNREACHABLE: Final = {
     errno.EHOSTUNREACH: 1,
     errno.ENETUNREACH: 0,
@@ -77,14 +80,6 @@ class FlowInfo:
     age_s: float
 
 
-@dataclass(slots=True)
-class _TimeWait:
-    seq: int
-    ack: int
-    window: int
-    until: float
-
-
 class TcpProxy:
     """See the module. `now` is set by the stack once per turn."""
 
@@ -107,12 +102,12 @@ class TcpProxy:
         self.gateway_mac = network.gateway_mac_bytes
         self.now = 0.0
         self.flows: dict[bytes, TcpFlow] = {}
-        self.dirty: list[TcpFlow] = []
-        self.ready: list[TcpFlow] = []
+        self.dirty: list[FlowState] = []
+        self.ready: list[ToGuest] = []
         """Flows that used their budget up and have more to send."""
-        self.delayed: deque[TcpFlow] = deque()
+        self.delayed: deque[ToHost] = deque()
         """Flows whose ACK waits for an answer to carry it, in order of time."""
-        self.unacknowledged: list[TcpFlow] = []
+        self.unacknowledged: list[ToHost] = []
         """Flows to acknowledge at the end of the turn; one may be in it more than once."""
         self.services: dict[tuple[bytes, int], Callable[[Any, Endpoint], None]] = {}
         """`(address, port)` -> function that takes its end of a socket pair and the guest's endpoint."""
@@ -130,7 +125,7 @@ class TcpProxy:
         self._timer_number = 0
         self._stale_timers = 0
         self._secret = rng.randbytes(16)
-        self._time_wait: OrderedDict[bytes, _TimeWait] = OrderedDict()  # a dict's front gets slow to find
+        self._time_wait = TimeWait()
         self._bursts: dict[tuple[int, int], Burst] = {}
         self._dial_port = rng.randrange(49152, 65536)
         self._resolving: dict[bytes, list[TcpFlow]] = {}
@@ -147,13 +142,13 @@ class TcpProxy:
             found = self._bursts[key] = Burst(headroom, mss)
         return found
 
-    def again(self, flow: TcpFlow) -> None:
+    def again(self, flow: ToGuest) -> None:
         """Pump this flow again once the others had their turn."""
         if not flow.queued:
             flow.queued = True
             self.ready.append(flow)
 
-    def arm(self, when: float, flow: TcpFlow) -> None:
+    def arm(self, when: float, flow: FlowState) -> None:
         if flow.timer_at:
             self._stale_timers += 1
         flow.timer_at = when
@@ -241,8 +236,8 @@ class TcpProxy:
         if flags & RST or not flags & (SYN | ACK) or flags & (SYN | FIN) == SYN | FIN:
             self.counters.drops[Drop.TCP_NO_FLOW] += 1
             return
-        waiting = self._time_wait.get(key)
-        if waiting is not None and now < waiting.until:
+        waiting = self._time_wait.get(key, now)
+        if waiting is not None:
             if not (flags & SYN and not flags & ACK):
                 # An acceptable ACK without text is what ends the wait's purpose; all else is told where we are.
                 if flags & FIN or header.payload_at < len(segment) or header.seq != waiting.ack:
@@ -272,7 +267,7 @@ class TcpProxy:
             frame = maker.bare(0, (header.seq + length) & MASK, RST | ACK, 0)
         maker.port.put((frame,))
 
-    def _answer_time_wait(self, neighbour: Neighbour, key: bytes, note: _TimeWait) -> None:
+    def _answer_time_wait(self, neighbour: Neighbour, key: bytes, note: Note) -> None:
         maker = self._maker(neighbour, key)
         if maker is not None:
             maker.port.put((maker.bare(note.seq, note.ack, ACK, note.window),))
@@ -283,7 +278,7 @@ class TcpProxy:
         self, neighbour: Neighbour, key: bytes, seq: int, window: int, options: memoryview, quoted: memoryview
     ) -> None:
         """A guest's SYN for no flow: `quoted` is its packet, checked, and `options` those of TCP. HOT PATH of connects."""
-        self._time_wait.pop(key, None)  # a new SYN opens a new connection there (T17)
+        self._time_wait.remove(key)  # a new SYN opens a new connection there (T17)
         address = key[4:8]
         port = int.from_bytes(key[10:12], "big")
         if not self.accepting or len(self.flows) >= self.limits.max_flows:
@@ -432,7 +427,7 @@ class TcpProxy:
             )
         flow.finish(f"connect: {errno.errorcode.get(number, number)}", reset_host=False)
 
-    def refuse_waiting(self, flow: TcpFlow) -> None:
+    def refuse_waiting(self, flow: FlowState) -> None:
         """RST for the guest's SYN that waits for an answer."""
         maker = self._maker(flow.neighbour, flow.key)
         if maker is not None and not flow.inbound:
@@ -512,7 +507,7 @@ class TcpProxy:
             ports = guest.port.to_bytes(2, "big") + self._dial_port.to_bytes(2, "big")
             key = guest.address + self._gateway + ports
             if key not in self.flows:
-                self._time_wait.pop(key, None)
+                self._time_wait.remove(key)
                 return key
         return None
 
@@ -548,15 +543,11 @@ class TcpProxy:
         if conn.state is not State.TIME_WAIT:
             flow.finish("closed", reset_host=False)
             return
-        note = _TimeWait(conn.snd.max, conn.rcv.nxt, flow.window(conn), self.now + self.timeouts.tcp_time_wait_s)
-        time_wait = self._time_wait
-        time_wait.pop(flow.key, None)
-        if len(time_wait) >= TIME_WAIT_LIMIT:
-            time_wait.popitem(last=False)
-        time_wait[flow.key] = note
+        until = self.now + self.timeouts.tcp_time_wait_s
+        self._time_wait.add(flow.key, Note(conn.snd.max, conn.rcv.nxt, flow.window(conn), until))
         flow.finish("closed", reset_host=False)
 
-    def gone(self, flow: TcpFlow) -> None:
+    def gone(self, flow: FlowState) -> None:
         """`flow` has finished."""
         if self.flows.get(flow.key) is flow:
             del self.flows[flow.key]
@@ -583,11 +574,11 @@ class TcpProxy:
 
     def deadline(self) -> float | None:
         """When `expire` has something to do; flows have timers of their own."""
-        when = self.delayed[0].ack_due if self.delayed else None
-        for note in self._time_wait.values():
-            # Notes are in order of time; a second more lets many go at once.
-            return note.until + 1.0 if when is None else min(when, note.until + 1.0)
-        return when
+        over = self._time_wait.deadline()
+        if not self.delayed:
+            return over
+        due = self.delayed[0].ack_due
+        return due if over is None or due < over else over
 
     def _drop_stale_timers(self) -> None:
         """Entries of flows that have ended hold them in memory until their time; half the heap is too many (R4)."""
@@ -598,13 +589,7 @@ class TcpProxy:
     def expire(self, now: float) -> None:
         """Let old TIME-WAIT notes go, and ACKs that waited long enough."""
         self.acknowledge_late(now)
-        old: list[bytes] = []
-        for key, note in self._time_wait.items():
-            if note.until > now:
-                break
-            old.append(key)
-        for key in old:
-            del self._time_wait[key]
+        self._time_wait.expire(now)
 
     def probe_guest(self, ip: bytes) -> None:
         """The guest at `ip` began anew (DHCP DISCOVER): a rebooted one answers our probes with RST and frees its flows."""
