@@ -43,6 +43,7 @@ from netstack.observe.events import Contained, EventBus
 from netstack.observe.metrics import Counters
 from netstack.policy.egress import Egress
 from netstack.settings import Network
+from netstack.wire import icmp as wire_icmp
 from netstack.wire import udp
 
 log = logging.getLogger("pyvpnkit.stack")
@@ -324,7 +325,9 @@ class Stack:
             for first in self.reassembler.expire(now):
                 neighbour = self.neighbours.get(first[12:16])
                 if neighbour is not None:
-                    self.output.icmp_quoting(11, 1, first, neighbour, now=now)
+                    self.output.icmp_quoting(
+                        wire_icmp.TIME_EXCEEDED, wire_icmp.REASSEMBLY_EXCEEDED, first, neighbour, now=now
+                    )
         deadline = self.dhcp.deadline()
         if deadline is not None and now >= deadline:
             self.dhcp.timeout(now)

@@ -45,6 +45,7 @@ from netstack.settings import Network
 from netstack.tcp.connection import Connection
 from netstack.tcp.seq import MASK
 from netstack.tcp.state import State
+from netstack.wire import icmp
 from netstack.wire import tcp as wire
 from netstack.wire.checksum import verify
 from netstack.wire.tcp import ACK, FIN, RST, SYN
@@ -52,12 +53,14 @@ from netstack.wire.tcp import ACK, FIN, RST, SYN
 log = logging.getLogger("pyvpnkit.tcp")
 
 _UNREACHABLE: Final = {
-    errno.EHOSTUNREACH: 1,
-    errno.ENETUNREACH: 0,
-    errno.ETIMEDOUT: 1,
-    errno.EHOSTDOWN: 1,
+    errno.EHOSTUNREACH: icmp.HOST_UNREACHABLE,
+    errno.ENETUNREACH: icmp.NET_UNREACHABLE,
+    errno.ETIMEDOUT: icmp.HOST_UNREACHABLE,
+    errno.EHOSTDOWN: icmp.HOST_UNREACHABLE,
+    errno.EACCES: icmp.ADMINISTRATIVELY_PROHIBITED,
+    errno.EPERM: icmp.ADMINISTRATIVELY_PROHIBITED,
 }
-"""ICMP destination-unreachable codes for what a host connect says (RFC 792); EACCES and EPERM are 13 (RFC 1812)."""
+"""ICMP destination-unreachable codes for what a host connect says (RFC 792, RFC 1812)."""
 _STALE_TIMERS: Final = 1024
 _IN_PROGRESS: Final = frozenset((errno.EINPROGRESS, errno.EALREADY, errno.EINTR))
 _CONNECTED: Final = frozenset((0, errno.EISCONN))
@@ -293,7 +296,7 @@ class TcpProxy:
                 self.counters.drops[Drop.POLICY] += 1
                 if decision.answer is Answer.PROHIBITED and address[0] == 127:
                     # A RST from there would be a martian, which the guest's kernel ignores.
-                    self.output.icmp_quoting(3, decision.answer.value, quoted, neighbour, now=self.now)
+                    self.output.icmp_quoting(icmp.UNREACHABLE, decision.answer.value, quoted, neighbour, now=self.now)
                 elif decision.answer is not Answer.SILENT:
                     self._refuse(neighbour, key, seq, decision.reason)
                 return
@@ -405,13 +408,13 @@ class TcpProxy:
 
     def connect_failed(self, flow: TcpFlow, number: int) -> None:
         """The host could not connect: RST, or the ICMP error that gives the guest the same errno (T03, T04, F14)."""
-        code = 13 if number in (errno.EACCES, errno.EPERM) else _UNREACHABLE.get(number)
+        code = _UNREACHABLE.get(number)
         neighbour = flow.neighbour
         self.counters.tcp_refused += 1
         if number in _DESCRIPTORS:
             self.counters.drops[Drop.DESCRIPTORS] += 1
         if code is not None and flow.quoted:
-            self.output.icmp_quoting(3, code, flow.quoted, neighbour, now=self.now)
+            self.output.icmp_quoting(icmp.UNREACHABLE, code, flow.quoted, neighbour, now=self.now)
         if code is None or number == errno.ETIMEDOUT:
             self.refuse_waiting(flow)
         if self._events.wanted:
@@ -612,13 +615,13 @@ class TcpProxy:
         snd = conn.snd
         if (int.from_bytes(quoted[at + 4 : at + 8], "big") - snd.una) & MASK >= max(snd.flight(), 1):
             return
-        if (kind, code) == (3, 4):
+        if (kind, code) == (icmp.UNREACHABLE, icmp.FRAGMENTATION_NEEDED):
             if 576 <= mtu and mtu - 40 < snd.mss:
                 snd.mss = mtu - 40
                 flow.frames = None
                 snd.timed_out(self.now)
                 flow.resume()
-        elif kind == 3 and conn.state is State.SYN_SENT:
+        elif kind == icmp.UNREACHABLE and conn.state is State.SYN_SENT:
             flow.finish("guest: unreachable", reset_host=True)
 
     def reset_guest(self, ip: bytes, reason: str) -> None:

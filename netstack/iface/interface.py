@@ -20,7 +20,7 @@ from netstack.iface.neighbours import Neighbour, Neighbours
 from netstack.iface.switch import Port, Switch
 from netstack.observe.metrics import Counters, Drop
 from netstack.settings import Network
-from netstack.wire import arp, ethernet, ipv4
+from netstack.wire import arp, ethernet, icmp, ipv4
 from netstack.wire.checksum import BadChecksum
 from netstack.wire.checksum import partial as partial_sum
 from netstack.wire.ipv4 import SourceRouted
@@ -397,11 +397,11 @@ class Interface:
             return
         if header.ttl <= 1 and destination not in self._own:
             self._drops[Drop.TTL_EXPIRED] += 1
-            self._refuse(11, 0, packet, now)
+            self._refuse(icmp.TIME_EXCEEDED, icmp.TTL_EXCEEDED, packet, now)
             return
         handler = self._handlers.get(header.protocol)
         if handler is None:
             self._drops[Drop.IPV4_PROTOCOL] += 1
-            self._refuse(3, 2, packet, now)
+            self._refuse(icmp.UNREACHABLE, icmp.PROTOCOL_UNREACHABLE, packet, now)
             return
         handler(packet, now)
