@@ -63,15 +63,18 @@ class TcpFlow(ToGuest):
             if (ack - snd.una) & MASK > (snd.max - snd.una) & MASK:
                 self._slow_segment(frame, at, end, seq, ack, offset_flags, window)
                 return
-            proxy = self._proxy
-            snd.acknowledge(ack, proxy.now)
-            snd.wnd = wide
-            if later or ack != snd.max or self.readable:
-                self._acked = later = True
-            else:
+            if ack == snd.max and not later and not self.readable and snd.simple and not snd.timed_at:
+                # The answer is acknowledged, as most are, and that is all.
+                snd.una = snd.nxt = ack
+                snd.rto_at = 0.0
+                snd.wnd = wide
                 self._discard(conn)
                 if self.end:
                     return
+            else:
+                snd.acknowledge(ack, self._proxy.now)
+                snd.wnd = wide
+                self._acked = later = True
         elif wide != snd.wnd or not window or (not length and snd.max != ack):
             self._slow_segment(frame, at, end, seq, ack, offset_flags, window)
             return

@@ -75,6 +75,8 @@ class FrameMaker:
         "_prefix_plain",
         "_pseudo",
         "_shortest",
+        "_small",
+        "_small_octets",
         "headroom",
         "partial",
         "port",
@@ -103,6 +105,8 @@ class FrameMaker:
             self._prefix_plain = self._prefix_gso = b""
             use_numpy()
         self._mss = mss
+        self._small_octets = -1
+        self._small = (0, 0, 0)
         # Without offloads a frame has 60 octets at least (IEEE 802.3); a virtual one need not.
         self._shortest = HEADERS if self.partial else MIN_FRAME
         self._pack_into, self._ack_pack = _packers(headroom, self._shortest - HEADERS)
@@ -178,6 +182,22 @@ class FrameMaker:
             buffer[at + end : at + self._shortest] = bytes(self._shortest - end)
             end = self._shortest
         return self.headroom + end
+
+    def finish_small(self, buffer: bytearray, octets: int, seq: int, ack: int, flags: int, window: int) -> int:
+        """As `finish` for less than a segment; answers of one length after another have most of their header alike."""
+        if not self.partial:
+            return self.finish(buffer, octets, seq, ack, flags, window)
+        if octets != self._small_octets:
+            total = 40 + octets
+            ip_checksum = 0xFFFF ^ ((self._ip_sum + total) % 0xFFFF or 0xFFFF)
+            self._small_octets = octets
+            self._small = (total, ip_checksum, (self._pseudo + 20 + octets) % 0xFFFF or 0xFFFF)
+        total, ip_checksum, checksum = self._small
+        self._pack_into(
+            buffer, 0, self._prefix_plain, self._ethernet, total, _DF_TTL_TCP, ip_checksum, self._addresses,
+            seq, ack, 0x5000 | flags, window, checksum, 0,
+        )  # fmt: skip
+        return self.headroom + HEADERS + octets
 
     def template(self, payload_octets: int, ack: int, flags: int, window: int) -> tuple[bytes, int]:
         """The headers of one of many equal segments, sequence number and checksum zero, and the sum of all but both."""

@@ -38,16 +38,13 @@ class ToGuest(ToHost):
             return
         if 0 < count < SMALL:
             proxy = self._proxy
-            now = proxy.now
-            snd, rcv = conn.snd, conn.rcv
-            nxt = snd.nxt
-            end = frames.finish(scratch, count, nxt, rcv.nxt, _ACK_PSH, self.window(conn))
+            snd = conn.snd
+            end = frames.finish_small(scratch, count, snd.nxt, conn.rcv.nxt, _ACK_PSH, self.window(conn))
             self.octets_in += count
             port.send_one(whole[:end])
             if self._unacked or conn.ack_now:
                 self._acknowledged(conn)
-            snd.sent(count, now)
-            when = snd.rto_at
+            when = snd.sent_alone(count, proxy.now)
             if not self.timer_at or when < self.timer_at:
                 proxy.arm(when, self)
             return

@@ -369,7 +369,7 @@ class Connection:
             if self.retries > SYN_RETRIES:
                 self.abort()
                 return
-            snd.rto_at = now + snd.rtt.expired()
+            snd.rto_at = now + snd.backed_off()
             self.retransmit_syn()
             return
         if user_s and now - snd.progress_at >= user_s:
@@ -377,7 +377,7 @@ class Connection:
             return
         if snd.una == snd.max or not snd.wnd:
             # Persist (RFC 9293 3.8.6.1): an empty segment one number back, which the guest must answer (Linux does so too).
-            snd.rto_at = now + snd.rtt.expired()
+            snd.rto_at = now + snd.backed_off()
             if snd.una != snd.max:
                 snd.nxt = snd.una if snd.wnd else snd.nxt
             self.resend.append(((snd.una - 1) & MASK, 0))

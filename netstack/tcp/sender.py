@@ -40,6 +40,7 @@ class Sender:
         "rtt",
         "sacked",
         "shift",
+        "simple",
         "ssthresh",
         "timed_at",
         "timed_seq",
@@ -63,6 +64,8 @@ class Sender:
         self.cwnd = NO_LIMIT
         self.ssthresh = NO_LIMIT
         self.dupacks = 0
+        self.simple = True
+        """Nothing was lost, doubled or timed out since the last ACK: one of everything needs no bookkeeping."""
         self.recover: int | None = None
         """In fast recovery: SND.MAX when it began (RFC 6582)."""
         self.resend_from = iss
@@ -121,11 +124,13 @@ class Sender:
             self.cwnd += acked
             if self.cwnd > self.wnd * 2 and self.cwnd > 1 << 20:
                 self.cwnd = NO_LIMIT
+        self.simple = self.cwnd == NO_LIMIT and not self.sacked
         return acked
 
     def duplicate(self) -> bool:
         """A duplicate ACK (RFC 5681 section 2); True when it starts fast recovery."""
         self.dupacks += 1
+        self.simple = False
         if self.recover is None and (self.dupacks >= DUPLICATES or self._sacked_octets() >= DUPLICATES * self.mss):
             flight = self.flight()
             self.ssthresh = max(flight >> 1, 4 * self.mss)
@@ -141,6 +146,7 @@ class Sender:
     def learn_sack(self, blocks: tuple[tuple[int, int], ...]) -> None:
         """Merge the guest's SACK blocks; ones outside (SND.UNA, SND.MAX] are lies and ignored."""
         una, flight = self.una, self.flight()
+        self.simple = False
         for begin, end in blocks:
             start, stop = distance(una, begin), distance(una, end)
             if not 0 < start < stop <= flight:
@@ -181,6 +187,22 @@ class Sender:
         self.resend_from = (una + at) & MASK
         return ranges
 
+    def backed_off(self) -> float:
+        """A timer fired: double the time-out, and return it in seconds."""
+        self.simple = False
+        return self.rtt.expired()
+
+    def sent_alone(self, length: int, now: float) -> float:
+        """As `sent`, with nothing outstanding before; returns when the retransmission timer is due."""
+        nxt = self.nxt = self.max = (self.nxt + length) & MASK
+        rtt = self.rtt
+        if now >= rtt.again_at and not self.timed_at:
+            self.timed_at = now
+            self.timed_seq = nxt
+        self.progress_at = now
+        self.rto_at = when = now + (rtt.current() if rtt.backoff else rtt.rto)
+        return when
+
     def timed_out(self, now: float) -> None:
         """The retransmission timer fired: go back to SND.UNA (RFC 6298 5.4 to 5.6, RFC 5681 3.1)."""
         self.ssthresh = max(self.flight() >> 1, 2 * self.mss)
@@ -190,4 +212,4 @@ class Sender:
         self.sacked = []
         self.dupacks = 0
         self.timed_at = 0.0
-        self.rto_at = now + self.rtt.expired()
+        self.rto_at = now + self.backed_off()
