@@ -76,10 +76,12 @@ def _read(path: str, complaints: list[str]) -> dict[str, Given]:
     """Every value of the file that can be read; what cannot becomes a complaint."""
     import yaml
 
+    source: yaml.SafeLoader | None = None
     try:
         with Path(path).open("rb") as file:
             mode = Path(path).stat().st_mode
-            root = yaml.compose(file, yaml.SafeLoader)
+            source = yaml.SafeLoader(file)
+            root = source.get_single_node()
     except OSError as error:
         complaints.append(f"{path}: {error.strerror}; give --config a file that can be read")
         return {}
@@ -88,8 +90,13 @@ def _read(path: str, complaints: list[str]) -> dict[str, Given]:
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else path
         complaints.append(f"{where}: not YAML: {error.problem or error.context}")
         return {}
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError) as error:
         complaints.append(f"{path}: not YAML: {' '.join(str(error).split())}")
+        return {}
+    except (ValueError, OverflowError):  # of chr() and int(): "\UFFFFFFFF", or %YAML with 5000 digits
+        mark = source.get_mark() if source else None
+        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else path
+        complaints.append(f"{where}: not YAML: a number beyond what there is; characters end at \\U0010FFFF")
         return {}
     if mode & stat.S_IWOTH:
         complaints.append(f"{path}: everybody may write it, so anybody could open ports; run `chmod o-w {path}`")
@@ -232,10 +239,10 @@ def _build(given: Mapping[str, Given], complaints: list[str]) -> Settings:
 def _network(values: dict[str, Any], limits: Limits, timeouts: Timeouts) -> Network:
     if "subnet" in values:
         try:
-            subnet = ipaddress.IPv4Network(values["subnet"])
-        except ValueError:
+            first = ipaddress.IPv4Network(values["subnet"]).network_address
+            free = iter([str(first + number) for number in (1, 2, 3)])
+        except ValueError:  # no network, or one so small that the last address of all is too near
             return Network(**values)  # which says what is wrong with it
-        free = (str(subnet.network_address + number) for number in (1, 2, 3))
         taken = {values.get("gateway"), values.get("host_alias")}
         for name in ("gateway", "host_alias"):
             if name not in values:

@@ -162,7 +162,7 @@ def _typed(text: str, options: dict[str, str]) -> dict[str, Any]:
     typed: dict[str, Any] = {}
     for key, value in options.items():
         match key:
-            case "mtu" if value.isascii() and value.isdigit():
+            case "mtu" if _number(value, 9):
                 typed[key] = int(value)
             case "mtu":
                 raise ConfigError(f"link {text!r}: mtu={value!r}; write octets such as mtu=1500")
@@ -200,7 +200,7 @@ def _place(scheme: str, text: str) -> tuple[How, str, bool]:
 def _plausible(scheme: str, how: How, where: str, connect: bool) -> bool:
     match how:
         case "inherited" | "fd" | "pid":
-            return where.isascii() and where.isdigit()
+            return _number(where, 10) and int(where) < 1 << 31  # what the system takes
         case "unix":
             return "/" in where and not (connect and scheme == "unixgram")
         case "tcp":
@@ -211,9 +211,14 @@ def _plausible(scheme: str, how: How, where: str, connect: bool) -> bool:
             return re.fullmatch(r"[^\s/=]{1,15}", where) is not None
 
 
+def _number(text: str, most: int) -> bool:
+    """Whether `text` is a number of at most so many digits; `int` raises where there are thousands."""
+    return text.isascii() and text.isdigit() and len(text) <= most
+
+
 def _host_and_port(where: str) -> bool:
     host, _, port = where.rpartition(":")
-    if not (port.isascii() and port.isdigit() and int(port) <= 65535):
+    if not (_number(port, 5) and int(port) <= 65535):
         return False
     try:
         version = ipaddress.ip_address(host.strip("[]")).version

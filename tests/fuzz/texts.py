@@ -23,15 +23,18 @@ from tests.fuzz.bend import spoil
 
 ODD = r"""
 off on none null ~ "" '' 0 1 -1 1500 65536 4294967296 1e309 nan inf 0x10 1_000 12:30:45 5s 100M 1K K ² ٣ 9999999999999999999999
-192.168.65.1 192.168.65.0/24 10.0.0.0/29 10.0.0.0/8 0.0.0.0/0 255.255.255.248/29 10.1.2.3/16 ::/0 ::1 fe80::1%lo fe80::1%99999999999
+192.168.65.1 192.168.65.0/24 10.0.0.0/29 10.0.0.0/8 0.0.0.0/0 255.255.255.248/29 255.255.255.255/32 255.255.255.254/31
+10.1.2.3/16 ::/0 ::1 fe80::1%lo fe80::1%99999999999
 1.1.1.1#53 1.1.1.1:0 [::1]:70000 02:00:00:00:00:07 01:00:00:00:00:07 02-00-00-00-00-07
-gateway.internal bücher.example a..b . .a "\0" "\ud800" "\xff" "a b" [] {} [[]] {a: b} [a, [b]]
+gateway.internal bücher.example a..b . .a "\0" "\ud800" "\UFFFFFFFF" "\U00110000" "\xff" "a b" [] {} [[]] {a: b} [a, [b]]
 qemu:/a qemu:tcp:[::1]:1 qemu:tcp:127.0.0.1:99999 qemu:connect:tcp:localhost:1 vmnet:fd:3 unixgram:///a bess:connect:/a,mtu=576
 qemu:/a,,b,name=x,,y qemu: tap:netns=a,ifname=e tap:pid=1 tap:x,mac=01:00:00:00:00:00 packet:fd=99999999999999999999
-fd:3,kind=vmnet fd:4,kind=x vhost-user:/a
+fd:3,kind=vmnet fd:4,kind=x fd:9999999999999999999999999 fd:2147483648 vhost-user:/a
 8080:80 0:80 udp:[::1]:1-3:4-6 1-65535:1-65535 0-1:0-1 1:10.0.0.1:2 tcp:0.0.0.0:53:192.168.65.3:53 1:2:3:4:5 [:]:1:1
 &a *a *b !!python/object:os.system !!int !<x> | > %TAG --- ... ? : - @ ` #
 """.split()
+DIGITS = "9" * 5000  # more than `int` takes of a text
+ODD += [text + DIGITS for text in ("", "fd:", "qemu:tcp:127.0.0.1:", "qemu:/a,mtu=", "80:", "%YAML 1.")]
 
 
 def _word(rng: random.Random) -> str:

@@ -72,18 +72,23 @@ def test_other_spellings_mean_the_same(text: str, same: str) -> None:
         ("qemu:net.sock", "write qemu:/PATH"),
         ("qemu:tcp:127.0.0.1", "qemu:tcp:HOST:PORT"),
         ("qemu:tcp:127.0.0.1:70000", "qemu:tcp:HOST:PORT"),
+        ("qemu:tcp:127.0.0.1:" + "1" * 5000, "qemu:tcp:HOST:PORT"),
         ("qemu:tcp:example.com:80", "qemu:tcp:HOST:PORT"),
         ("qemu:tcp:::1:80", "qemu:tcp:HOST:PORT"),
         ("unixgram:tcp:127.0.0.1:1", "write unixgram:/PATH"),
         ("unixgram:connect:/run/x", "write unixgram:/PATH"),
         ("bess:tcp:127.0.0.1:1", "write bess:/PATH"),
         ("fd:three", "write fd:N"),
+        ("fd:" + "3" * 5000, "write fd:N"),
+        ("fd:2147483648", "write fd:N"),
+        ("tap:pid=99999999999999999999", "tap:pid=PID"),
         ("fd:3,kind=token-ring", "use one of qemu, vmnet"),
         ("tap:pid=x", "tap:pid=PID"),
         ("tap:", "tap:netns=NAME"),
         ("tap:user=me", "tap:netns=NAME"),
         ("tap:much-too-long-a-name", "tap:netns=NAME"),
         ("qemu:/x,mtu=big", "mtu=1500"),
+        ("qemu:/x,mtu=" + "1" * 5000, "mtu=1500"),
         ("qemu:/x,mtu=100", "576..65520"),
         ("qemu:/x,speed=1", "unknown option 'speed'; there are mtu"),
         ("qemu:/x,mtu", "one option=value"),
@@ -139,3 +144,5 @@ def test_inherited_descriptors_tell_what_they_are() -> None:
         number = door.fileno()
     with pytest.raises(ConfigError, match="leave the descriptor open"):
         detect(number + 1000)
+    with pytest.raises(ConfigError, match="leave the descriptor open"):
+        detect(LinkSpec.parse("fd:2147483647").descriptor)
