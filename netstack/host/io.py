@@ -151,6 +151,8 @@ class KqueueIO:
         self._highest = highest_descriptor(reserve)
         self._kqueue: Any = select.kqueue()  # type: ignore[attr-defined,unused-ignore]  # absent on Linux
         self._ready: dict[int, Ready] = {}
+        self._writes: set[int] = set()
+        """Descriptors that have a write filter; to delete one that is not there is ENOENT."""
 
     def socket(self, family: int, kind: int, protocol: int = 0) -> Any:
         sock = socket.socket(family, kind, protocol)
@@ -165,26 +167,36 @@ class KqueueIO:
             self._kqueue.control([select.kevent(fd, kind, flags)], 0)
 
     def watch(self, fd: int, ready: Ready, *, edge: bool = True, write: bool = False) -> None:
+        self._writes.discard(fd)
         if sys.platform != "linux":
             clear = select.KQ_EV_ADD | (select.KQ_EV_CLEAR if edge else 0)
             self._change(fd, select.KQ_FILTER_READ, clear)
             if write:
                 self._change(fd, select.KQ_FILTER_WRITE, clear)
+                self._writes.add(fd)
         self._ready[fd] = ready
 
     def watch_write(self, fd: int) -> None:
         if sys.platform != "linux":
             self._change(fd, select.KQ_FILTER_WRITE, select.KQ_EV_ADD | select.KQ_EV_CLEAR)
+            self._writes.add(fd)
 
     def want_write(self, fd: int, wanted: bool) -> None:
-        if sys.platform != "linux" and fd in self._ready:
+        if sys.platform != "linux" and fd in self._ready and wanted != (fd in self._writes):
             self._change(fd, select.KQ_FILTER_WRITE, select.KQ_EV_ADD if wanted else select.KQ_EV_DELETE)
+            (self._writes.add if wanted else self._writes.discard)(fd)
 
     def unwatch(self, fd: int) -> None:
-        # Closing the descriptor removes its events; until then they find no function and are passed over.
-        self._ready.pop(fd, None)
+        # The descriptor may stay open, as the shared socket of `unixgram` does, and would wake the loop for nobody.
+        if sys.platform != "linux" and self._ready.pop(fd, None) is not None:
+            if fd in self._writes:
+                self._change(fd, select.KQ_FILTER_WRITE, select.KQ_EV_DELETE)
+            self._change(fd, select.KQ_FILTER_READ, select.KQ_EV_DELETE)
+        self._writes.discard(fd)
 
-    forget = unwatch
+    def forget(self, fd: int) -> None:
+        self._ready.pop(fd, None)
+        self._writes.discard(fd)
 
     def poll(self) -> list[tuple[Ready, int]]:
         found: list[tuple[Ready, int]] = []
@@ -206,6 +218,7 @@ class KqueueIO:
         if sys.platform != "linux":
             self._kqueue.close()
         self._ready.clear()
+        self._writes.clear()
 
 
 def native_io(reserve: int = 0) -> HostIO:

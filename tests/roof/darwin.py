@@ -73,6 +73,9 @@ class Kqueue:
             if change.filter not in filters:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
             del filters[change.filter]
+            if not filters:
+                self._epoll.unregister(fd)
+                return
         else:
             filters[change.filter] = change.flags & KQ_EV_CLEAR
         try:

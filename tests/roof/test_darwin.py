@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from netstack.host.io import READ, WRITE, KqueueIO
+from tests.roof import darwin
 from tests.roof.guest import GATEWAY, HOST, Daemon, StreamGuest, daemon
 from tests.support import packets
 
@@ -86,6 +89,84 @@ def test_what_needs_linux_says_so(
     assert (done.returncode, done.stdout) == (status, ""), done.stderr
     assert said in done.stderr and "Traceback" not in done.stderr
     assert not any((tmp_path / "tmp").iterdir()), "nothing is left behind"
+
+
+@pytest.fixture
+def queue(monkeypatch: pytest.MonkeyPatch) -> Iterator[KqueueIO]:
+    for name, value in {**vars(darwin), "kqueue": darwin.Kqueue, "kevent": darwin.Kevent}.items():
+        if name.startswith(("KQ_", "kqueue", "kevent")):
+            monkeypatch.setattr(select, name, value, raising=False)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    made = KqueueIO()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with ours, theirs:
+        yield ours, theirs
+
+
+def masks(queue: KqueueIO) -> list[int]:
+    found = []
+    for ready, mask in queue.poll():
+        ready(mask)
+        found.append(mask)
+    return sorted(found)
+
+
+def test_a_link_on_kqueue_waits_for_room_and_stops_waiting(
+    queue: KqueueIO, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    fd = pair[0].fileno()
+    queue.want_write(fd, False)  # not watched
+    queue.watch(fd, lambda _mask: None, edge=False)
+    queue.want_write(fd, False)  # no filter to take away: kqueue says ENOENT
+    assert masks(queue) == []
+    for _ in range(2):
+        queue.want_write(fd, True)
+        assert masks(queue) == masks(queue) == [WRITE]
+        queue.want_write(fd, False)
+        queue.want_write(fd, False)
+        assert masks(queue) == []
+    pair[1].send(b"frame")
+    assert masks(queue) == masks(queue) == [READ]
+
+
+def test_a_socket_that_outlives_its_watch_leaves_kqueue_quiet(
+    queue: KqueueIO, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    """The shared socket of a `unixgram` link stays open when a peer goes, and serves the next one."""
+    fd = pair[0].fileno()
+    pair[1].send(b"frame")
+    for edge in (False, True):
+        queue.watch(fd, lambda _mask: None, edge=edge)
+        if edge:
+            queue.watch_write(fd)
+        else:
+            queue.want_write(fd, True)
+        assert masks(queue) == [READ, WRITE]
+        queue.unwatch(fd)
+        queue.unwatch(fd)
+        with select.epoll() as loop:  # what the asyncio loop would be woken by, again and again
+            loop.register(queue.fileno(), select.EPOLLIN)
+            assert loop.poll(0) == []
+    queue.watch(fd, lambda _mask: None, edge=False)
+    assert masks(queue) == [READ], "room is not asked for any more"
+
+
+def test_a_closed_descriptor_whose_number_comes_again_begins_anew(queue: KqueueIO) -> None:
+    for _ in range(2):
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        with ours, theirs:
+            queue.watch(ours.fileno(), lambda _mask: None, edge=False)
+            queue.want_write(ours.fileno(), False)
+            queue.want_write(ours.fileno(), True)
+            assert masks(queue) == [WRITE]
+            queue.forget(ours.fileno())
+    queue.unwatch(1 << 20)  # never seen
 
 
 @pytest.fixture
