@@ -19,7 +19,6 @@ import random
 import socket
 import time
 from collections.abc import Callable
-from heapq import heappop
 from typing import Any, Final
 
 from netstack.api import Clock, DatagramHandler, Datagrams, Endpoint, Link, StreamHandler
@@ -30,6 +29,7 @@ from netstack.host.icmp_proxy import IcmpProxy
 from netstack.host.io import HostIO, native_io
 from netstack.host.tcp_flow_state import FlowState
 from netstack.host.tcp_proxy import FlowInfo, TcpProxy
+from netstack.host.timers import Timers
 from netstack.host.udp_proxy import UdpProxy
 from netstack.iface.interface import Interface, Packet
 from netstack.iface.neighbours import Neighbour, Neighbours
@@ -86,8 +86,8 @@ class Stack:
         self.output = Output(
             network, self.counters, self.switch, self.neighbours, icmp.RateLimit(), Identifications(rng)
         )
-        self._timers: list[tuple[float, int, Any]] = []
-        self.tcp = TcpProxy(network, self.io, self.output, self.egress, self.counters, self.events, rng, self._timers)
+        self.timers = Timers()
+        self.tcp = TcpProxy(network, self.io, self.output, self.egress, self.counters, self.events, rng, self.timers)
         self.udp = UdpProxy(network, self.io, self.output, self.egress, self.counters, self.events, clock)
         self.icmp = IcmpProxy(network, self.io, self.output, self.egress, self.counters, self.events, clock)
         self.icmp.guest_errors.update({6: self.tcp.guest_error, 17: self.udp.guest_error})
@@ -217,7 +217,7 @@ class Stack:
                 except Exception as error:  # contained: this flow is reset
                     self._contain_flow(flow, error)
 
-    def _contain_flow(self, flow: FlowState, error: Exception) -> None:
+    def _contain_flow(self, flow: Any, error: Exception) -> None:
         self._contain("tcp flow", error)
         try:
             flow.abort("internal error")
@@ -272,9 +272,11 @@ class Stack:
             tcp.acknowledge()
         if tcp.delayed and tcp.delayed[0].ack_due <= now:
             tcp.acknowledge_late(now)
-        timers = self._timers
-        if timers and timers[0][0] <= now:
-            self._run_timers(now)
+        for flow in self.timers.due(now):
+            try:
+                flow.timer(now)
+            except Exception as error:  # contained: this flow is reset
+                self._contain_flow(flow, error)
         # While events keep coming the rare time-outs are looked at now and then; a turn that a deadline brought has none.
         self._turns += 1
         if idle or not self._turns & 31:
@@ -286,19 +288,6 @@ class Stack:
                 port.push()
         self._in_turn = False
         return more or bool(tcp.ready) or bool(tcp.dirty) or bool(tcp.unacknowledged)
-
-    def _run_timers(self, now: float) -> None:
-        timers = self._timers
-        for _ in range(len(timers)):  # bounded: what is armed meanwhile is for the next turn, whenever it is due
-            if timers[0][0] > now:
-                break
-            when, _number, flow = heappop(timers)
-            # An entry that a nearer one replaced finds another time in its flow and is passed over.
-            if flow.timer_at and flow.timer_at <= when:
-                try:
-                    flow.timer(now)
-                except Exception as error:  # contained: this flow is reset
-                    self._contain_flow(flow, error)
 
     def _run_rare(self, now: float) -> None:
         """Time-outs that are looked at each turn because each is one comparison."""
@@ -348,10 +337,8 @@ class Stack:
 
     def deadline(self) -> float | None:
         """When `turn` is next wanted although nothing is readable; `None` for never."""
-        timers = self._timers
-        while timers and (timers[0][2].end or timers[0][2].timer_at != timers[0][0]):
-            heappop(timers)
-        found = timers[0][0] if timers else _NEVER
+        due = self.timers.deadline()
+        found = _NEVER if due is None else due
         if self.output.ask_at:
             found = min(found, self.output.ask_at)
         if self._retry_at:

@@ -31,6 +31,7 @@ from netstack.wire.tcp import FIN, RST, SYN, parse_options
 
 _TIME_WAIT: Final = State.TIME_WAIT
 _CLOSED: Final = State.CLOSED
+_SYN_RECEIVED: Final = State.SYN_RECEIVED
 _NOT_WRITE: Final = ~WRITE
 
 
@@ -127,6 +128,16 @@ class TcpFlow(ToGuest):
         flags = offset_flags & 0x1FF
         if conn is None:
             self._while_connecting(seq, flags)
+            return
+        if (
+            conn.state is _SYN_RECEIVED
+            and offset_flags & 0xFFF7 == 0x5010
+            and conn.established_by(seq, ack, window, self._proxy.now)
+        ):
+            self._opened(conn)
+            if self.readable:
+                self.touch()
+            self.segment(frame, at, end, seq, ack, offset_flags, window)
             return
         options = NO_OPTIONS
         if offset_flags >> 12 > 5:
@@ -327,7 +338,6 @@ class TcpFlow(ToGuest):
 
     def timer(self, now: float) -> None:
         """The heap's entry is due; which of the time-outs, if any, is looked up."""
-        self.timer_at = 0.0
         if self.end:
             return
         conn = self.conn
@@ -390,4 +400,4 @@ class TcpFlow(ToGuest):
         self._connect_at = 0.0
         self.conn = conn
         self._source = self._proxy.octets_of(self.sock)
-        self.touch()
+        self._send_syn(conn)

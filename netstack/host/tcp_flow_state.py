@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from netstack.api import Endpoint
 from netstack.host.octets import CEILING
 from netstack.host.tcp_frames import FrameMaker
+from netstack.host.timers import Entry
 from netstack.iface.neighbours import Neighbour
 from netstack.iface.switch import Port
 from netstack.tcp.connection import WINDOW_SHIFT, Connection
@@ -76,6 +77,7 @@ class FlowState:
         "sock",
         "syn",
         "timer_at",
+        "timer_entry",
         "watched",
         "writable",
     )
@@ -104,6 +106,7 @@ class FlowState:
         self.dirty = False
         self.queued = False
         self.timer_at = 0.0
+        self.timer_entry: Entry | None = None
         self.watched = False
         self.syn: tuple[int, int, Options] = (0, 0, NO_OPTIONS)
         """The guest's SYN: number, window, options."""
@@ -140,6 +143,10 @@ class FlowState:
         """Do what the batch asked for (`TcpFlow`)."""
         raise NotImplementedError
 
+    def timer(self, now: float) -> None:
+        """What was armed is due (`TcpFlow`)."""
+        raise NotImplementedError
+
     def touch(self) -> None:
         """Let the stack call `flush` soon, for something rare."""
         self._careful = True
@@ -149,7 +156,7 @@ class FlowState:
 
     def _arm(self, when: float) -> None:
         if not self.timer_at or when < self.timer_at:
-            self._proxy.arm(when, self)
+            self._proxy.timers.arm(when, self)
 
     def rearm(self, when: float) -> None:
         """The connection wants to be called at `when`, if that is earlier than what is armed."""

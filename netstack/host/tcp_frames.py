@@ -42,9 +42,14 @@ _PLAIN_PREFIX: Final = VNET_HEADER.pack(_NEEDS_CHECKSUM, 0, 0, 0, _TCP_AT, _CHEC
 @cache
 def _packers(headroom: int, padding: int) -> tuple[Callable[..., None], Callable[..., bytes]]:
     """`pack_into` of all headers, and `pack` of a frame without payload; links have few shapes."""
-    every = struct.Struct(f"!{headroom}s16sH6sH12sIIHHHH")
-    bare = struct.Struct(f"!{headroom + 38}sIIHHHH{padding}x")
-    return every.pack_into, bare.pack
+    every = f"!{headroom}s16sH6sH12sIIHHHH"
+    return struct.Struct(every).pack_into, struct.Struct(f"{every}{padding}x").pack
+
+
+@cache
+def _options_packer(headroom: int, octets: int, padding: int) -> Callable[..., bytes]:
+    """`pack` of a frame with `octets` of options."""
+    return struct.Struct(f"!{headroom}s16sH6sH12sIIHHHH{octets}s{padding}x").pack
 
 
 @cache
@@ -63,13 +68,14 @@ class FrameMaker:
     """Headers of one flow. `key` is the guest's (source, destination, ports on the wire): ours is the reverse."""
 
     __slots__ = (
-        "_ack_head",
-        "_ack_pack",
         "_ack_sum",
         "_addresses",
+        "_bare_checksum",
+        "_bare_prefix",
         "_ethernet",
         "_ip_sum",
         "_mss",
+        "_pack",
         "_pack_into",
         "_prefix_gso",
         "_prefix_plain",
@@ -92,30 +98,27 @@ class FrameMaker:
         """A buffer for one frame, and views: all of it, its payload place, and that of a small payload. Whoever fills it
         sends it at once."""
         self.partial = port.partial
-        guest, remote = key[:4], key[4:8]
-        self._addresses = remote + guest + key[10:12] + key[8:10]
+        self._addresses = key[4:8] + key[:4] + key[10:] + key[8:10]
         self._ethernet = neighbour.mac + gateway_mac + _IPV4
         addresses_sum = int.from_bytes(key[:8], "big") % 0xFFFF
         self._ip_sum = _IPV4_CONSTANT_SUM + addresses_sum
         self._pseudo = addresses_sum + 6
+        # Without offloads a frame has 60 octets at least (IEEE 802.3); a virtual one need not.
         if self.partial:
-            self._prefix_plain = _PLAIN_PREFIX
+            self._prefix_plain = self._bare_prefix = _PLAIN_PREFIX
             self._prefix_gso = _gso_prefix(mss)
+            self._shortest = HEADERS
         else:
             self._prefix_plain = self._prefix_gso = b""
+            self._bare_prefix = port.link.prefix(MIN_FRAME)
+            self._shortest = MIN_FRAME
             use_numpy()
+        self._bare_checksum = 0xFFFF ^ ((self._ip_sum + 40) % 0xFFFF or 0xFFFF)
+        self._pack_into, self._pack = _packers(headroom, self._shortest - HEADERS)
         self._mss = mss
         self._small_octets = -1
         self._small = (0, 0, 0)
-        # Without offloads a frame has 60 octets at least (IEEE 802.3); a virtual one need not.
-        self._shortest = HEADERS if self.partial else MIN_FRAME
-        self._pack_into, self._ack_pack = _packers(headroom, self._shortest - HEADERS)
-        prefix = self._prefix_plain if self.partial else port.link.prefix(MIN_FRAME)
-        total = 40
-        self._ack_head = b"".join(
-            (prefix, self._ethernet, total.to_bytes(2, "big"), _DF_TTL_TCP, self._ip_checksum(total), self._addresses)
-        )
-        self._ack_sum = self._pseudo + 20 + int.from_bytes(key[8:12], "big")
+        self._ack_sum = self._pseudo + 20 + int.from_bytes(key[8:], "big")
 
     def _ip_checksum(self, total: int) -> bytes:
         return (0xFFFF ^ ((self._ip_sum + total) % 0xFFFF or 0xFFFF)).to_bytes(2, "big")
@@ -128,7 +131,10 @@ class FrameMaker:
         else:
             # 2**16 is 1 modulo 0xFFFF, so a 32-bit number counts as the sum of its halves.
             checksum = 0xFFFF ^ ((self._ack_sum + seq + ack + offset_flags + window) % 0xFFFF or 0xFFFF)
-        return self._ack_pack(self._ack_head, seq, ack, offset_flags, window, checksum, 0)
+        return self._pack(
+            self._bare_prefix, self._ethernet, 40, _DF_TTL_TCP, self._bare_checksum, self._addresses,
+            seq, ack, offset_flags, window, checksum, 0,
+        )  # fmt: skip
 
     def with_options(self, seq: int, ack: int, flags: int, window: int, options: bytes) -> bytes:
         """A frame without payload but with options (padded to four octets): SYN, SYN-ACK, ACK with SACK blocks."""
@@ -142,11 +148,12 @@ class FrameMaker:
             prefix = self.port.link.prefix(max(34 + length, MIN_FRAME))
             tcp = struct.pack("!4sIIHHHH", self._addresses[8:], seq, ack, offset_flags, window, 0, 0) + options
             checksum = 0xFFFF ^ ((partial_sum(tcp) + self._pseudo + length) % 0xFFFF or 0xFFFF)
-        head = b"".join(
-            (prefix, self._ethernet, total.to_bytes(2, "big"), _DF_TTL_TCP, self._ip_checksum(total), self._addresses)
-        )
-        frame = struct.pack(f"!{len(head)}sIIHHHH", head, seq, ack, offset_flags, window, checksum, 0) + options
-        return frame + bytes(max(self._shortest - 34 - length, 0))
+        ip_checksum = 0xFFFF ^ ((self._ip_sum + total) % 0xFFFF or 0xFFFF)
+        pack = _options_packer(self.headroom, len(options), max(self._shortest - 34 - length, 0))
+        return pack(
+            prefix, self._ethernet, total, _DF_TTL_TCP, ip_checksum, self._addresses,
+            seq, ack, offset_flags, window, checksum, 0, options,
+        )  # fmt: skip
 
     def finish(
         self, buffer: bytearray, octets: int, seq: int, ack: int, flags: int, window: int, start: int = 0

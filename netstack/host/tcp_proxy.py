@@ -21,7 +21,6 @@ import socket
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from heapq import heapify, heappush
 from typing import Any, Final
 
 from netstack.api import Endpoint
@@ -35,6 +34,7 @@ from netstack.host.tcp_frames import FrameMaker
 from netstack.host.tcp_time_wait import Note, TimeWait
 from netstack.host.tcp_to_guest import ToGuest
 from netstack.host.tcp_to_host import ToHost
+from netstack.host.timers import Timers
 from netstack.iface.interface import Packet
 from netstack.iface.neighbours import Neighbour
 from netstack.iface.output import Output
@@ -61,7 +61,6 @@ _UNREACHABLE: Final = {
     errno.EPERM: icmp.ADMINISTRATIVELY_PROHIBITED,
 }
 """ICMP destination-unreachable codes for what a host connect says (RFC 792, RFC 1812)."""
-_STALE_TIMERS: Final = 1024
 _IN_PROGRESS: Final = frozenset((errno.EINPROGRESS, errno.EALREADY, errno.EINTR))
 _CONNECTED: Final = frozenset((0, errno.EISCONN))
 _SELF_CONNECT_PORTS: Final = 1024
@@ -95,7 +94,7 @@ class TcpProxy:
         counters: Counters,
         events: EventBus,
         rng: random.Random,
-        timers: list[tuple[float, int, Any]],
+        timers: Timers,
     ) -> None:
         self.io = io
         self.output = output
@@ -124,9 +123,7 @@ class TcpProxy:
         self._egress = egress
         self._events = events
         self._rng = rng
-        self._timers = timers
-        self._timer_number = 0
-        self._stale_timers = 0
+        self.timers = timers
         self._secret = rng.randbytes(16)
         self._time_wait = TimeWait()
         self._bursts: dict[tuple[int, int], Burst] = {}
@@ -150,13 +147,6 @@ class TcpProxy:
         if not flow.queued:
             flow.queued = True
             self.ready.append(flow)
-
-    def arm(self, when: float, flow: FlowState) -> None:
-        if flow.timer_at:
-            self._stale_timers += 1
-        flow.timer_at = when
-        self._timer_number += 1
-        heappush(self._timers, (when, self._timer_number, flow))
 
     def isn(self, key: bytes) -> int:
         """RFC 6528: a keyed hash of the connection's name and a clock of 4 µs."""
@@ -554,10 +544,7 @@ class TcpProxy:
         """`flow` has finished."""
         if self.flows.get(flow.key) is flow:
             del self.flows[flow.key]
-        if flow.timer_at:
-            self._stale_timers += 1
-            if self._stale_timers > _STALE_TIMERS and self._stale_timers * 2 > len(self._timers):
-                self._drop_stale_timers()
+        self.timers.forget(flow)
         if flow.on_close is not None:
             flow.on_close(flow.end)
         if flow.conn is not None and self._events.wanted:
@@ -582,12 +569,6 @@ class TcpProxy:
             return over
         due = self.delayed[0].ack_due
         return due if over is None or due < over else over
-
-    def _drop_stale_timers(self) -> None:
-        """Entries of flows that have ended hold them in memory until their time; half the heap is too many (R4)."""
-        self._stale_timers = 0
-        self._timers[:] = [entry for entry in self._timers if not entry[2].end and entry[2].timer_at == entry[0]]
-        heapify(self._timers)
 
     def expire(self, now: float) -> None:
         """Let old TIME-WAIT notes go, and ACKs that waited long enough."""

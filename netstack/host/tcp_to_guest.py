@@ -46,7 +46,7 @@ class ToGuest(ToHost):
                 self._acknowledged(conn)
             when = snd.sent_alone(count, proxy.now)
             if not self.timer_at or when < self.timer_at:
-                proxy.arm(when, self)
+                proxy.timers.arm(when, self)
             return
         self.readable = True  # more than that, or the end
         self.pump()

@@ -224,6 +224,19 @@ class Connection:
         self.update_plain()
         return accepted
 
+    def established_by(self, seg_seq: int, seg_ack: int, seg_wnd: int, now: float) -> bool:
+        """Whether an ordinary ACK ends the handshake of a passive open; the common case of `segment_arrives` in short."""
+        snd, rcv = self.snd, self.rcv
+        if seg_seq != rcv.nxt or seg_ack != snd.max or snd.una == snd.max or rcv.pieces or self.rcv_fin is not None:
+            return False
+        self._to(Input.ACK_OF_SYN)
+        snd.acknowledge(seg_ack, now)
+        snd.wnd = seg_wnd << snd.shift
+        snd.wl1, snd.wl2 = seg_seq, seg_ack
+        self.retries = 0
+        self.plain = True
+        return True
+
     def _ack_in_flight(self, seg_ack: int) -> bool:
         return 0 <= distance(self.snd.una, seg_ack) <= self.snd.flight()
 

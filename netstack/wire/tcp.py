@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 from netstack.errors import Malformed
@@ -84,6 +85,7 @@ def parse_options(octets: bytes | memoryview) -> Options:
     return found
 
 
+@lru_cache(maxsize=256)
 def syn_options(mss: int, window_shift: int | None, sack_permitted: bool) -> bytes:
     """Options of our SYN or SYN-ACK, padded to a multiple of four octets."""
     octets = struct.pack("!BBH", _MSS, 4, mss)
