@@ -31,6 +31,7 @@ from netstack.wire.tcp import FIN, RST, SYN, parse_options
 
 _TIME_WAIT: Final = State.TIME_WAIT
 _CLOSED: Final = State.CLOSED
+_FIN_WAIT_1: Final = State.FIN_WAIT_1
 _SYN_RECEIVED: Final = State.SYN_RECEIVED
 _NOT_WRITE: Final = ~WRITE
 
@@ -139,6 +140,8 @@ class TcpFlow(ToGuest):
                 self.touch()
             self.segment(frame, at, end, seq, ack, offset_flags, window)
             return
+        if at == end and not self.dirty and self._closes(conn, seq, ack, offset_flags):
+            return
         options = NO_OPTIONS
         if offset_flags >> 12 > 5:
             options = parse_options(frame[at - (offset_flags >> 10 & 0x3C) + 20 : at])
@@ -162,6 +165,19 @@ class TcpFlow(ToGuest):
                 self._stored[number] = bytes(frame[at + begin : at + stop])
                 if not self._proxy.hold(stop - begin):
                     self.abort("too much is held beyond holes")
+
+    def _closes(self, conn: Connection, seq: int, ack: int, offset_flags: int) -> bool:
+        """The usual end of a connection that the host closed first, in short: the guest's ACK of our FIN, then its FIN."""
+        if not conn.host_closed(seq, ack, offset_flags) or self._pending:
+            return False
+        if conn.state is _FIN_WAIT_1:
+            conn.fin_acknowledged()
+            self._discard(conn)
+            return True
+        conn.fin_arrived()
+        self._send_ack(conn)
+        self._proxy.retire(self, conn)
+        return True
 
     def _fill(self, conn: Connection) -> None:
         """The hole is closed: what was stored behind it follows."""

@@ -237,6 +237,33 @@ class Connection:
         self.plain = True
         return True
 
+    def host_closed(self, seg_seq: int, seg_ack: int, offset_flags: int) -> bool:
+        """Whether an empty segment is what follows our FIN when nothing goes wrong: its ACK in FIN-WAIT-1, or the guest's
+        FIN, itself in order, in FIN-WAIT-2."""
+        snd, rcv = self.snd, self.rcv
+        return (
+            offset_flags == (0x5010 if self.state is State.FIN_WAIT_1 else 0x5011)
+            and (self.state is State.FIN_WAIT_1 or self.state is State.FIN_WAIT_2)
+            and seg_seq == rcv.nxt
+            and seg_ack == snd.max
+            and snd.nxt == snd.max
+            and not rcv.pieces
+            and self.rcv_fin is None
+        )
+
+    def fin_acknowledged(self) -> None:
+        """FIN-WAIT-1 to FIN-WAIT-2."""
+        snd = self.snd
+        snd.una = snd.max
+        snd.rto_at = 0.0
+        self._to(Input.ACK_OF_FIN)
+
+    def fin_arrived(self) -> None:
+        """FIN-WAIT-2 to TIME-WAIT."""
+        self.rcv_fin = self.rcv.nxt
+        self.rcv.nxt = (self.rcv.nxt + 1) & MASK
+        self._to(Input.FIN)
+
     def _ack_in_flight(self, seg_ack: int) -> bool:
         return 0 <= distance(self.snd.una, seg_ack) <= self.snd.flight()
 
