@@ -162,9 +162,10 @@ class Port:
             self._backlog_octets += octets
 
     def drain(self) -> bool:
-        """The link may have room again: send what waits. True when the congestion is over."""
+        """The link may have room again: send what waits. False when it took nothing."""
         if not self.alive:
             return True
+        waited = self._backlog_octets
         try:
             if not self.link.flush():
                 return False
@@ -174,7 +175,7 @@ class Port:
                 for _ in range(taken):
                     self._backlog_octets -= len(self._backlog.popleft())
                 if taken < len(batch):
-                    return False
+                    return self._backlog_octets < waited
         except LinkDown as error:
             self.down(str(error))
             return True
@@ -182,7 +183,10 @@ class Port:
         return True
 
     def resume(self) -> None:
-        """After `drain`: let the flows that waited go on."""
+        """After `drain`: let the flows that waited go on, or wait for more room."""
+        if self.congested:
+            self.on_blocked(self)
+            return
         waiting, self.waiting = self.waiting, []
         for flow in waiting:
             flow.resume()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import select
 import socket
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -190,6 +192,92 @@ async def test_a_full_peer_is_asked_again_later(site: Site) -> None:  # gvproxy 
         taken += link.send(batch[taken:])
     assert taken == len(batch)
     assert not site.world.counters.drops
+
+
+def _has_room(link: PeerLink) -> bool:
+    poll = select.poll()
+    poll.register(link.fileno(), select.POLLOUT)
+    return bool(poll.poll(0))
+
+
+def _fill(link: PeerLink, octets: int = 1514) -> int:
+    taken = link.send([(frame(number, octets),) for number in range(2000)])
+    while more := link.send([(frame(number, octets),) for number in range(taken, 2000)]):
+        taken += more
+    return taken
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="expected: elsewhere the queue is counted in octets")
+
+
+@linux
+@pytest.mark.parametrize("octets", [60, 1514])
+async def test_a_full_peer_that_reads_makes_the_link_writable(site: Site, octets: int) -> None:
+    """As often as it likes, whatever the size of frames was before, and when it comes back."""
+    for _ in range(2):
+        peer = site.peer("vm")
+        peer.send(frame(0))
+        link = await site.link()
+        for size in (octets, 60, 1514, octets):
+            waiting = _fill(link, size)
+            assert waiting >= 5
+            assert not _has_room(link)
+            peer.receive()
+            assert not _has_room(link), "not for one frame"
+            for _ in range(waiting - 1):
+                peer.receive()
+            assert _has_room(link)
+        peer.close()
+        link.close()
+    assert not site.world.counters.drops
+
+
+@linux
+async def test_a_peer_that_is_gone_makes_the_link_writable(site: Site) -> None:  # F3
+    peer = site.peer("vm")
+    peer.send(frame(0))
+    link = await site.link()
+    _fill(link)
+    assert not _has_room(link)
+    peer.close()
+    assert _has_room(link)
+    with pytest.raises(LinkDown):
+        link.send([(frame(1),)])
+
+
+@linux
+async def test_of_several_peers_one_that_does_not_read_holds_up_nobody(site: Site) -> None:
+    peers = [site.peer("vm-0"), site.peer("vm-1")]
+    peers[0].send(frame(0))
+    first = await site.link()
+    first.receive()
+    _fill(first)
+    assert not _has_room(first)
+    peers[1].send(frame(1))
+    first.receive()
+    second = await site.link()
+    assert _has_room(first), "it asks, every 2 ms"
+    waiting = _fill(second)
+    for _ in range(waiting):
+        peers[1].receive()
+    assert second.send([(frame(2),)]) == 1
+    assert _has_room(first) and _has_room(second)
+
+
+@linux
+async def test_what_a_former_peer_never_reads_does_not_count(site: Site) -> None:
+    former, peer = site.peer("vm-0"), site.peer("vm-1")
+    former.send(frame(0))
+    link = await site.link()
+    link.receive()
+    _fill(link)
+    link.close()
+    peer.send(frame(1))
+    link = await site.link()
+    waiting = _fill(link, 200)
+    for _ in range(waiting):
+        peer.receive()
+    assert _has_room(link)
 
 
 async def test_a_connected_peer_of_virtualization_framework_size_frames(site: Site) -> None:
