@@ -39,8 +39,7 @@ IOV_MAX: Final = 1024
 class StreamLink:
     """A `Link` over a connected stream socket. Use `QemuLink` or `VmnetLink`, which say what the length looks like.
 
-    `sock` becomes the link's own and is made non-blocking. `received` are octets that were read ahead of the link; the
-    first `receive` returns their frames whether or not the socket is readable.
+    `sock` becomes the link's own and is made non-blocking.
     """
 
     headroom: ClassVar[int]
@@ -57,7 +56,6 @@ class StreamLink:
         *,
         counters: Counters | None = None,
         max_frame: int | None = None,
-        received: bytes = b"",
     ) -> None:
         sock.setblocking(False)
         if sock.family in (socket.AF_INET, socket.AF_INET6):
@@ -73,10 +71,8 @@ class StreamLink:
         self._sendmsg = sock.sendmsg
         self._buffer = bytearray(self.headroom + LARGEST_BELIEVED + READ_OCTETS)
         self._view = memoryview(self._buffer)
-        self._start = 0
-        self._end = len(received)
+        self._start = self._end = 0
         """Octets `start:end` of the buffer wait to be cut into frames."""
-        self._buffer[: len(received)] = received
         self._lie = ""
         self._trains: TrainFinder | None = None
         self._rest: memoryview | bytes = b""

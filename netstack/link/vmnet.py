@@ -8,8 +8,7 @@
     frames, u16 little-endian length <------->
 
 A client with another version is answered and closed, one whose command or UUID makes no sense is closed in silence. The
-magic is not looked at, as VPNKit does not. Feed exactly the `wanted` octets and nothing of what follows is read; what was
-fed beyond it is in `rest`.
+magic is not looked at, as VPNKit does not. Read no more than the `wanted` octets from a client: what follows are frames.
 """
 
 from __future__ import annotations
@@ -143,11 +142,6 @@ class Handshake:
         if self.identity is not None or self.failure is not None:
             return 0
         return (COMMAND_OCTETS if self._greeted else INIT_OCTETS) - len(self._received)
-
-    @property
-    def rest(self) -> bytes:
-        """What was fed beyond the command: the first frames."""
-        return self._received if self.identity is not None else b""
 
     def feed(self, data: bytes) -> bytes:
         """Octets of the client, any number; returns octets for the client. Never raises."""

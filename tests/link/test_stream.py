@@ -162,17 +162,6 @@ def test_a_frame_begun_and_never_finished_holds_bounded_memory_and_says_so_at_th
     assert len(pair.link._buffer) < READ_OCTETS + LARGEST_BELIEVED + 100
 
 
-def test_octets_that_were_read_ahead_are_not_lost() -> None:
-    ours, theirs = socket.socketpair()
-    stream = framed(VmnetLink, frame(1), frame(2))
-    link = VmnetLink(ours, "test", 1500, received=stream[:100])
-    assert bodies(link) == [frame(1)]
-    theirs.sendall(stream[100:])
-    assert bodies(link) == [frame(2)]
-    link.close()
-    theirs.close()
-
-
 def test_views_stay_what_they_are_until_the_next_receive(pair: Pair) -> None:
     stream = framed(type(pair.link), frame(1, 100), frame(2, 100))
     pair.theirs.sendall(stream + stream[:50])
