@@ -39,7 +39,8 @@ In the guest: gateway, DNS and NTP are 192.168.65.1; this host is 192.168.65.2 (
 SIGNALS: Final = """\
 signals:
   TERM, INT  stop: no new connections, --grace seconds for those there are, then exit; a second one exits at once
-  HUP        read --config again; what needs a restart is named in the log
+  HUP        read --config again; what needs a restart is named in the log,
+             and so is what could not be had: the next HUP tries it again
   USR1       print a summary of links, leases, flows and counters on standard error
 
 Lists (such as -p) replace the list of the file. Sizes take K, M or G."""
