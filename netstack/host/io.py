@@ -95,6 +95,15 @@ def _within(sock: Any, highest: int) -> Any:
     return sock
 
 
+def first_source_port() -> int:
+    """From where on the kernel chooses source ports of its own, as of now (ip(7): `ip_local_port_range`)."""
+    try:
+        with open("/proc/sys/net/ipv4/ip_local_port_range") as file:
+            return int(file.read().split()[0])
+    except (OSError, ValueError, IndexError):
+        return 1024
+
+
 class EpollIO:
     """`HostIO` of Linux; guests may not use the last `reserve` descriptors. HOT PATH: `poll` once per turn."""
 

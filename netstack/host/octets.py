@@ -50,6 +50,10 @@ class Octets(Protocol):
         """As `read` from 0, into a small view, while nothing is outstanding."""
         ...
 
+    def ended(self) -> bool:
+        """After `take`: whether nothing can come any more. Raises `OSError`."""
+        ...
+
     def discard(self, count: int) -> None:
         """The guest acknowledged `count` more octets."""
         ...
@@ -75,7 +79,7 @@ class PeekedOctets:
         """Octets before those in the socket."""
 
     def _peek_from(self, offset: int) -> None:
-        if offset != self._at:
+        if offset != self._at and (offset or self._at > 0):
             self._sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, offset)
             self._at = offset
 
@@ -89,7 +93,8 @@ class PeekedOctets:
             count: int = self._recv_into(into, 0, socket.MSG_PEEK)
         except BlockingIOError:
             return None
-        self._at += count
+        if self._at >= 0:
+            self._at += count
         return count
 
     def read_scattered(self, offset: int, into: list[memoryview]) -> int | None:
@@ -102,7 +107,8 @@ class PeekedOctets:
             count: int = self._sock.recvmsg_into(into, 0, socket.MSG_PEEK)[0]
         except BlockingIOError:
             return None
-        self._at += count
+        if self._at >= 0:
+            self._at += count
         return count
 
     def _read_kept(self, start: int, into: list[memoryview]) -> int:
@@ -127,6 +133,12 @@ class PeekedOctets:
             return None
         self._kept = bytes(into[:count])
         return count
+
+    def ended(self) -> bool:
+        try:
+            return self.read(len(self._kept), _TRASH[:1]) == 0
+        except BlockingIOError:
+            return False
 
     def close(self) -> None:
         """Nothing is held anywhere else."""
@@ -199,6 +211,12 @@ class KeptOctets:
 
     def take(self, into: memoryview) -> int | None:
         return self.read(0, into)
+
+    def ended(self) -> bool:
+        try:
+            return not self._sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
 
     def close(self) -> None:
         self.discard(len(self._kept) - self._start)

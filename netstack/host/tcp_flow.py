@@ -34,6 +34,7 @@ _CLOSED: Final = State.CLOSED
 _FIN_WAIT_1: Final = State.FIN_WAIT_1
 _SYN_RECEIVED: Final = State.SYN_RECEIVED
 _NOT_WRITE: Final = ~WRITE
+_READ_TO_END: Final = READ | READ_CLOSED
 
 
 class TcpFlow(ToGuest):
@@ -307,7 +308,14 @@ class TcpFlow(ToGuest):
         if self.end:
             return
         conn = self.conn
-        if mask & _NOT_WRITE == READ and conn is not None and conn.plain and self.writable:
+        quick = mask & _NOT_WRITE
+        if (
+            (quick == READ or quick == _READ_TO_END)
+            and conn is not None
+            and conn.plain
+            and self.writable
+            and not self._read_on
+        ):
             snd = conn.snd
             if snd.una == snd.max and snd.wnd >= SMALL and snd.cwnd >= SMALL and snd.mss >= SMALL:
                 frames = self.frames
@@ -318,7 +326,8 @@ class TcpFlow(ToGuest):
                     and not port.congested
                     and frames.version == self.neighbour.version
                 ):
-                    self._answer(conn, frames, port)
+                    self._read_on = quick != READ
+                    self._answer(conn, frames, port, self._read_on)
                     return
         if mask & (READ_CLOSED | HANGUP | ERROR | URGENT):
             self._read_on = True

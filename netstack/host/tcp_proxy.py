@@ -25,7 +25,7 @@ from typing import Any, Final
 
 from netstack.api import Endpoint
 from netstack.errors import Malformed
-from netstack.host.io import ERROR, HANGUP, HostIO
+from netstack.host.io import ERROR, HANGUP, HostIO, first_source_port
 from netstack.host.octets import Budget, OctetsOf
 from netstack.host.tcp_burst import Burst
 from netstack.host.tcp_flow import TcpFlow
@@ -63,8 +63,6 @@ _UNREACHABLE: Final = {
 """ICMP destination-unreachable codes for what a host connect says (RFC 792, RFC 1812)."""
 _IN_PROGRESS: Final = frozenset((errno.EINPROGRESS, errno.EALREADY, errno.EINTR))
 _CONNECTED: Final = frozenset((0, errno.EISCONN))
-_SELF_CONNECT_PORTS: Final = 1024
-"""Ports from which the kernel may choose a source port of its own."""
 _DESCRIPTORS: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 
 
@@ -124,6 +122,7 @@ class TcpProxy:
         self._events = events
         self._rng = rng
         self.timers = timers
+        self._source_ports = first_source_port()
         self._secret = rng.randbytes(16)
         self._time_wait = TimeWait()
         self._bursts: dict[tuple[int, int], Burst] = {}
@@ -315,7 +314,7 @@ class TcpProxy:
             if result in _IN_PROGRESS:
                 # On loopback the second call already knows; that saves a turn of the loop.
                 result = sock.connect_ex(where)
-            if result in _CONNECTED and port >= _SELF_CONNECT_PORTS and sock.getsockname() == where:
+            if result in _CONNECTED and port >= self._source_ports and sock.getsockname() == where:
                 result = errno.ECONNREFUSED  # nobody listens: the socket has met itself (RFC 9293 3.5, both sides open)
         except OSError as error:
             result = error.errno or errno.EIO

@@ -26,11 +26,13 @@ class ToGuest(ToHost):
 
     __slots__ = ()
 
-    def _answer(self, conn: Connection, frames: FrameMaker, port: Port) -> None:
-        """Something came from the host while nothing was outstanding: what is small leaves here and now."""
+    def _answer(self, conn: Connection, frames: FrameMaker, port: Port, closing: bool) -> None:
+        """Something came from the host while nothing was outstanding: what is small leaves here and now, with our FIN when
+        the host is `closing` and that was all."""
         scratch, whole, _payload, small = frames.scratch
+        source = self._source
         try:
-            count = self._source.take(small)
+            count = source.take(small)
         except OSError as error:
             self._host_failed(error)
             return
@@ -39,15 +41,31 @@ class ToGuest(ToHost):
         if 0 < count < SMALL:
             proxy = self._proxy
             snd = conn.snd
-            end = frames.finish_small(scratch, count, snd.nxt, conn.rcv.nxt, _ACK_PSH, self.window(conn))
+            flags, length = _ACK_PSH, count
+            failed: OSError | None = None
+            if closing:
+                self.readable = True
+                try:
+                    if source.ended():
+                        flags, length = _ACK_PSH | FIN, count + 1
+                        snd.fin_at = (snd.nxt + count) & MASK
+                        conn.plain = self.readable = False
+                except OSError as error:
+                    failed = error  # a reset comes after what was read
+            end = frames.finish_small(scratch, count, snd.nxt, conn.rcv.nxt, flags, self.window(conn))
             self.octets_in += count
             port.send_one(whole[:end])
             if self._unacked or conn.ack_now:
                 self._acknowledged(conn)
-            when = snd.sent_alone(count, proxy.now)
+            when = snd.sent_alone(length, proxy.now)
             if not self.timer_at or when < self.timer_at:
                 proxy.timers.arm(when, self)
-            return
+            if length > count:
+                conn.fin_sent()
+            elif failed is not None:
+                self._host_failed(failed)
+            if not self.readable or self.end:
+                return
         self.readable = True  # more than that, or the end
         self.pump()
         when = conn.snd.rto_at
