@@ -294,7 +294,7 @@ class Stack:
         output = self.output
         if output.ask_at and now >= output.ask_at:
             for ip in output.tick(now):
-                self.tcp.unresolved(ip)
+                self.tcp.forwards.unresolved(ip)
         if self._retry_at and now >= self._retry_at:
             self._retry_at = 0.0
             for port in self.switch.ports:
@@ -355,7 +355,7 @@ class Stack:
 
     def _learnt(self, neighbour: Neighbour) -> None:
         self.output.learnt(neighbour)
-        self.tcp.learnt(neighbour)
+        self.tcp.forwards.learnt(neighbour)
         self._back(neighbour)
         if neighbour.ip in self._begun_anew:
             # It asked for its address anew, so it may have been started anew; now that it has the address it answers probes.
@@ -448,7 +448,7 @@ class Stack:
         on_close: Callable[[str], None] | None = None,
     ) -> None:
         """Carry a connected host socket into the guest; see `netstack.api.Dialer`."""
-        self.tcp.dial(guest, sock, source, on_close, self.clock())
+        self.tcp.forwards.dial(guest, sock, source, on_close, self.clock())
         self._work()
 
     def datagrams(self, guest: Endpoint, sock: socket.socket) -> Datagrams:

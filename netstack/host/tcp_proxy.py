@@ -30,6 +30,7 @@ from netstack.host.octets import Budget, OctetsOf
 from netstack.host.tcp_burst import Burst
 from netstack.host.tcp_flow import TcpFlow
 from netstack.host.tcp_flow_state import FlowState
+from netstack.host.tcp_forwards import Forwards, prepare
 from netstack.host.tcp_frames import FrameMaker
 from netstack.host.tcp_time_wait import Note, TimeWait
 from netstack.host.tcp_to_guest import ToGuest
@@ -116,7 +117,6 @@ class TcpProxy:
         self.batch = 0
         """Number of the batch of frames that is being taken apart."""
         self.accepting = True
-        self._gateway = network.gateway_bytes
         self._mtu = network.mtu
         self._egress = egress
         self._events = events
@@ -124,10 +124,9 @@ class TcpProxy:
         self.timers = timers
         self._source_ports = first_source_port()
         self._secret = rng.randbytes(16)
-        self._time_wait = TimeWait()
+        self.time_wait = TimeWait()
         self._bursts: dict[tuple[int, int], Burst] = {}
-        self._dial_port = rng.randrange(49152, 65536)
-        self._resolving: dict[bytes, list[TcpFlow]] = {}
+        self.forwards = Forwards(self, network.gateway_bytes, rng.randrange(49152, 65536))
 
     # What flows use.
 
@@ -228,7 +227,7 @@ class TcpProxy:
         if flags & RST or not flags & (SYN | ACK) or flags & (SYN | FIN) == SYN | FIN:
             self.counters.drops[Drop.TCP_NO_FLOW] += 1
             return
-        waiting = self._time_wait.get(key, now)
+        waiting = self.time_wait.get(key, now)
         if waiting is not None:
             if not (flags & SYN and not flags & ACK):
                 # An acceptable ACK without text is what ends the wait's purpose; all else is told where we are.
@@ -270,7 +269,7 @@ class TcpProxy:
         self, neighbour: Neighbour, key: bytes, seq: int, window: int, options: memoryview, quoted: memoryview
     ) -> None:
         """A guest's SYN for no flow: `quoted` is its packet, checked, and `options` those of TCP. HOT PATH of connects."""
-        self._time_wait.remove(key)  # a new SYN opens a new connection there (T17)
+        self.time_wait.remove(key)  # a new SYN opens a new connection there (T17)
         address = key[4:8]
         port = int.from_bytes(key[10:12], "big")
         if not self.accepting or len(self.flows) >= self.limits.max_flows:
@@ -308,7 +307,7 @@ class TcpProxy:
             service(other, Endpoint(key[:4], int.from_bytes(key[8:10], "big")))
             return
         try:
-            _prepare(sock)
+            prepare(sock)
             where = (socket.inet_ntoa(address), port) if target is None else target
             result = sock.connect_ex(where)
             if result in _IN_PROGRESS:
@@ -345,7 +344,7 @@ class TcpProxy:
 
     def _connected(self, flow: TcpFlow) -> None:
         seq, window, options = flow.syn
-        conn = Connection.passive(self.isn(flow.key), seq, window, options, self._capacity(flow), self._mss(flow))
+        conn = Connection.passive(self.isn(flow.key), seq, window, options, self.capacity(flow), self.mss(flow))
         flow.begin(conn)
         if not flow.watched:
             flow.watched = True
@@ -356,12 +355,12 @@ class TcpProxy:
                 return
         self.opened(flow)
 
-    def _capacity(self, flow: TcpFlow) -> int:
+    def capacity(self, flow: TcpFlow) -> int:
         """Receive window in octets, a multiple of the window scale's unit."""
         port = flow.neighbour.port
         return min(self.limits.flow_buffer, port.window if port is not None else 1 << 30) & ~127
 
-    def _mss(self, flow: TcpFlow) -> int:
+    def mss(self, flow: TcpFlow) -> int:
         """What we announce: the largest segment of the guest's link (RFC 9293 3.7.1)."""
         port = flow.neighbour.port
         return (port.mtu if port is not None else self._mtu) - 40
@@ -438,95 +437,12 @@ class TcpProxy:
                 FlowRefused(time=self.now, protocol="tcp", guest=str(guest), remote=str(remote), reason=reason)
             )
 
-    # The host side opens.
-
-    def dial(
-        self,
-        guest: Endpoint,
-        sock: Any,
-        source: Endpoint | None,
-        on_close: Callable[[str], None] | None,
-        now: float,
-    ) -> None:
-        """`netstack.api.Dialer.dial`."""
-        self.now = now
-        sock.setblocking(False)
-        neighbour = self.output.neighbour(guest.address)
-        if neighbour is None:
-            neighbour = Neighbour(guest.address, bytes(6), None)
-        if not self.accepting or len(self.flows) >= self.limits.max_flows:
-            self.counters.drops[Drop.TCP_LIMIT] += 1
-            _reset(sock)
-            if on_close is not None:
-                on_close("too many flows")
-            return
-        try:
-            self.io.admit(sock)
-        except OSError as error:
-            self.counters.drops[Drop.DESCRIPTORS] += 1
-            if on_close is not None:
-                on_close(f"no socket: {error.strerror}")
-            return
-        key = self._inbound_key(guest, source)
-        if key is None:
-            _reset(sock)
-            if on_close is not None:
-                on_close("no free port towards the guest")
-            return
-        flow = TcpFlow(self, key, neighbour, sock, inbound=True, now=now)
-        flow.on_close = on_close
-        self.flows[key] = flow
-        try:
-            if getattr(sock, "family", socket.AF_INET) != socket.AF_UNIX:
-                _prepare(sock)
-            self.io.watch(sock.fileno(), flow.ready)
-        except OSError as error:
-            flow.finish(f"host: {error.strerror}", reset_host=True)
-            return
-        flow.watched = True
-        if neighbour.port is None:
-            self._resolving.setdefault(guest.address, []).append(flow)
-            self.output.resolve(guest.address, now)
-            return
-        self._dialled(flow)
-
-    def _inbound_key(self, guest: Endpoint, source: Endpoint | None) -> bytes | None:
-        if source is not None:
-            key = guest.address + source.address + guest.port.to_bytes(2, "big") + source.port.to_bytes(2, "big")
-            return None if key in self.flows else key
-        for _ in range(16384):
-            self._dial_port = 49152 if self._dial_port >= 65535 else self._dial_port + 1
-            ports = guest.port.to_bytes(2, "big") + self._dial_port.to_bytes(2, "big")
-            key = guest.address + self._gateway + ports
-            if key not in self.flows:
-                self._time_wait.remove(key)
-                return key
-        return None
-
-    def _dialled(self, flow: TcpFlow) -> None:
-        conn = Connection.active(self.isn(flow.key), self._capacity(flow), self._mss(flow))
-        flow.begin(conn)
-
-    def learnt(self, neighbour: Neighbour) -> None:
-        """A guest showed itself: forwards that waited for it begin."""
-        for flow in self._resolving.pop(neighbour.ip, ()):
-            if not flow.end:
-                flow.neighbour = neighbour
-                flow.port = neighbour.port
-                self._dialled(flow)
-
     def returned(self, neighbour: Neighbour) -> None:
         """A guest whose link was lost is back: what its flows kept for it goes on."""
         for flow in list(self.flows.values()):
             if flow.neighbour is neighbour:
                 flow.port = neighbour.port
                 flow.resume()
-
-    def unresolved(self, ip: bytes) -> None:
-        """Nobody answered for `ip`: who waited is reset (L06)."""
-        for flow in self._resolving.pop(ip, ()):
-            if not flow.end:
-                flow.finish("no such guest", reset_host=True)
 
     # The end of flows.
 
@@ -536,7 +452,7 @@ class TcpProxy:
             flow.finish("closed", reset_host=False)
             return
         until = self.now + self.timeouts.tcp_time_wait_s
-        self._time_wait.add(flow.key, Note(conn.snd.max, conn.rcv.nxt, flow.window(conn), until))
+        self.time_wait.add(flow.key, Note(conn.snd.max, conn.rcv.nxt, flow.window(conn), until))
         flow.finish("closed", reset_host=False)
 
     def gone(self, flow: FlowState) -> None:
@@ -563,7 +479,7 @@ class TcpProxy:
 
     def deadline(self) -> float | None:
         """When `expire` has something to do; flows have timers of their own."""
-        over = self._time_wait.deadline()
+        over = self.time_wait.deadline()
         if not self.delayed:
             return over
         due = self.delayed[0].ack_due
@@ -572,7 +488,7 @@ class TcpProxy:
     def expire(self, now: float) -> None:
         """Let old TIME-WAIT notes go, and ACKs that waited long enough."""
         self.acknowledge_late(now)
-        self._time_wait.expire(now)
+        self.time_wait.expire(now)
 
     def probe_guest(self, ip: bytes) -> None:
         """The guest at `ip` began anew (DHCP DISCOVER): a rebooted one answers our probes with RST and frees its flows."""
@@ -612,7 +528,7 @@ class TcpProxy:
     def close(self, reason: str = "shutting down") -> None:
         for flow in list(self.flows.values()):
             flow.abort(reason)
-        self._time_wait.clear()
+        self.time_wait.clear()
 
     def info(self) -> list[FlowInfo]:
         found: list[FlowInfo] = []
@@ -631,17 +547,3 @@ class TcpProxy:
                 )
             )
         return found
-
-
-def _prepare(sock: Any) -> None:
-    """No Nagle, since the guest did its own; urgent octets stay in the stream (RFC 6093), where peeking needs them."""
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
-
-
-def _reset(sock: Any) -> None:
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-    except OSError:
-        pass
-    sock.close()

@@ -211,11 +211,7 @@ class Connection:
             if not (snd.una != seg_ack and (snd.max - seg_ack) & MASK < HALF and distance(snd.una, seg_ack) > 0):
                 self.reset = (seg_ack, None)
                 return None
-            self._to(Input.ACK_OF_SYN)
-            snd.acknowledge(seg_ack, now)
-            snd.wnd = seg_wnd << snd.shift
-            snd.wl1, snd.wl2 = seg_seq, seg_ack
-            self.retries = 0
+            self._establish(seg_seq, seg_ack, seg_wnd, now)
             self.events.append(Event.OPENED)
         elif not self._process_ack(seg_seq, seg_len, seg_ack, seg_wnd, options, now):
             return None
@@ -229,13 +225,18 @@ class Connection:
         snd, rcv = self.snd, self.rcv
         if seg_seq != rcv.nxt or seg_ack != snd.max or snd.una == snd.max or rcv.pieces or self.rcv_fin is not None:
             return False
+        self._establish(seg_seq, seg_ack, seg_wnd, now)
+        self.plain = True
+        return True
+
+    def _establish(self, seg_seq: int, seg_ack: int, seg_wnd: int, now: float) -> None:
+        """Our SYN-ACK is acknowledged."""
+        snd = self.snd
         self._to(Input.ACK_OF_SYN)
         snd.acknowledge(seg_ack, now)
         snd.wnd = seg_wnd << snd.shift
         snd.wl1, snd.wl2 = seg_seq, seg_ack
         self.retries = 0
-        self.plain = True
-        return True
 
     def host_closed(self, seg_seq: int, seg_ack: int, offset_flags: int) -> bool:
         """Whether an empty segment is what follows our FIN when nothing goes wrong: its ACK in FIN-WAIT-1, or the guest's
