@@ -425,4 +425,4 @@ class TcpFlow(ToGuest):
         self._connect_at = 0.0
         self.conn = conn
         self._source = self._proxy.octets_of(self.sock)
-        self._send_syn(conn)
+        self.touch()  # SYN or SYN-ACK leaves after the batch, so that nothing in it can acknowledge one not sent yet

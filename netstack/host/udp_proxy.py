@@ -131,6 +131,10 @@ class UdpProxy:
         except Malformed:
             drops[Drop.UDP_MALFORMED] += 1
             return
+        if not source_port or not port:
+            # RFC 768 has 0 for "no answer wanted"; no socket of a host sends it, and none could answer.
+            drops[Drop.UDP_MALFORMED] += 1
+            return
         if not packet.checksum_ok and not udp.verify(datagram, packet.source, packet.destination):
             drops[Drop.UDP_CHECKSUM] += 1
             return

@@ -215,7 +215,7 @@ class Hostile:
         if "S" in flags and seq == f.isn:
             seq = (seq + 7) & MASK  # one number for two SYNs with other options: nobody can tell which was answered
         length = rng.choice([0, 0, 0, 1, 5, 100, 1460])
-        at = (seq - f.isn - 1) & MASK
+        at = (seq + ("S" in flags) - f.isn - 1) & MASK  # a SYN takes a number, then the octets follow
         data = STREAM[at & 0xFFFFF :][:length]
         if flags in ("S", "SF", "-", "FPU"):
             data = b""

@@ -567,3 +567,9 @@ def test_a_way_out_without_segmentation_gets_datagrams_one_by_one(world: World) 
     assert len(tried) == 1
     assert server.recv(100) == b"first"
     assert [server.recv(100)[0] for _ in range(40)] == [*range(20)] * 2
+
+
+@pytest.mark.parametrize(("source", "destination"), [(0, 53), (4000, 0), (0, 0)])
+def test_port_0_is_nobodys(world: World, source: int, destination: int) -> None:
+    world.send(source, ALIAS, destination, b"x")
+    assert not world.io.open and world.counters.drops[Drop.UDP_MALFORMED] == 1

@@ -103,7 +103,7 @@ class Oracle:
             self.martians.add(frame[30:34])
         if frame[23] == 1 and body[:1] and body[0] in ICMP_ERRORS:
             self.guest_errors.append(frame[14 : 14 + head + 8])
-        if frame[23] != 6 or len(body) < 20 or frame[20:22] not in (b"\0\0", b"\x40\0"):
+        if frame[23] != 6 or len(body) < 20 or (frame[20] << 8 | frame[21]) & 0x3FFF:  # a fragment
             return
         sport_dport, seq, ack, offset_flags, window = struct.unpack_from("!4sIIHH", body)
         flags = offset_flags & 0xFF
@@ -131,9 +131,9 @@ class Oracle:
                 flow.guest_end = (seq + 1 + length) & MASK
                 flow.guest_right = (flow.iss + 1 + window) & MASK
         flow = self.flows.get(key)
+        end = (seq + length + bool(flags & FIN) + bool(flags & SYN)) & MASK
         if flow is None or flow.isn is None:
             return
-        end = (seq + length + bool(flags & FIN) + bool(flags & SYN)) & MASK
         if flow.right is not None and _ahead(end, flow.right) > 0:
             end = flow.right  # beyond it nothing counts as sent
         if not flags & RST and _ahead(end, flow.guest_end) > 0:
