@@ -190,11 +190,10 @@ class Stack:
             except Exception as error:  # contained: one batch, not the network
                 self._contain("interface", error)
             self._flush_tcp()
-            if self.udp.wiring.collecting is not None:
-                try:
-                    self.udp.flush(self.tcp.now)
-                except Exception as error:  # contained: these datagrams
-                    self._contain("udp", error)
+            try:
+                self.udp.flush(self.tcp.now)
+            except Exception as error:  # contained: these datagrams
+                self._contain("udp", error)
 
     def _relieve(self, port: Port) -> None:
         if port.drain():

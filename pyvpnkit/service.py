@@ -253,18 +253,13 @@ class Service:
     def _open_capture(self, settings: Settings) -> PcapWriter:
         capture = settings.capture
         assert capture.file is not None
-        try:
-            return PcapWriter(
-                capture.file,
-                limit=capture.size or UNLIMITED,
-                files=capture.files,
-                snaplen=capture.snaplen,
-                events=self.events,
-            )
-        except ConfigError as error:
-            if ";" in str(error):  # it says what to change
-                raise
-            raise ConfigError(f"{error}; name a file that this user may write, in a directory that exists") from None
+        return PcapWriter(
+            capture.file,
+            limit=capture.size or UNLIMITED,
+            files=capture.files,
+            snaplen=capture.snaplen,
+            events=self.events,
+        )
 
     def _wrap(self, link: Link) -> Link:
         return link if self._capture is None else CaptureLink(link, self._capture)

@@ -226,9 +226,8 @@ class TcpFlow(ToGuest):
                 self._owe_ack(conn)
         if conn.ack_now:
             self._send_ack(conn)
-        when = snd.rto_at
-        if when and (not self.timer_at or when < self.timer_at):
-            self._arm(when)
+        if snd.rto_at:
+            self.rearm(snd.rto_at)
 
     def _flush_all(self, conn: Connection) -> None:
         """The same with all that is rare: events, FIN, RST, SYN, what must be sent again, the end."""
@@ -353,11 +352,11 @@ class TcpFlow(ToGuest):
                     return
             if mask & HANGUP and not self._shut_sent and not self._gone_at:
                 self._gone_at = self._proxy.now + self._proxy.timeouts.tcp_fin_wait_s
-                self._arm(self._gone_at)
+                self.rearm(self._gone_at)
             self.pump()
             when = self.conn.snd.rto_at
-            if when and (not self.timer_at or when < self.timer_at) and not self.end:
-                self._arm(when)
+            if when and not self.end:
+                self.rearm(when)
 
     # Time.
 
@@ -405,7 +404,7 @@ class TcpFlow(ToGuest):
         if conn is not None and self._proxy.timeouts.tcp_idle_s:
             deadlines.append(self.active_at + self._proxy.timeouts.tcp_idle_s)
         if deadlines:
-            self._arm(min(deadlines))
+            self.rearm(min(deadlines))
 
     def probe(self) -> None:
         """Ask the guest whether it still knows the connection (RFC 1122 4.2.3.6): RST tells of a reboot."""
@@ -418,7 +417,7 @@ class TcpFlow(ToGuest):
 
     def dialling(self, until: float) -> None:
         self._connect_at = until
-        self._arm(until)
+        self.rearm(until)
 
     def begin(self, conn: Connection) -> None:
         """The host is connected (or its socket was accepted): speak to the guest."""

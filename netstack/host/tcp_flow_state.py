@@ -154,14 +154,10 @@ class FlowState:
             self.dirty = True
             self._proxy.dirty.append(self)
 
-    def _arm(self, when: float) -> None:
+    def rearm(self, when: float) -> None:
+        """Call `timer` at `when`, if that is earlier than what is armed."""
         if not self.timer_at or when < self.timer_at:
             self._proxy.timers.arm(when, self)
-
-    def rearm(self, when: float) -> None:
-        """The connection wants to be called at `when`, if that is earlier than what is armed."""
-        if not self.timer_at or when < self.timer_at:
-            self._arm(when)
 
     # Frames to the guest.
 
@@ -225,7 +221,7 @@ class FlowState:
             rcv.right = (rcv.nxt + window) & MASK
         snd.sent(1, self._proxy.now)
         conn.ack_now = False
-        self._arm(snd.rto_at)
+        self.rearm(snd.rto_at)
 
     def _send_reset(self, conn: Connection) -> None:
         if conn.reset is None:

@@ -39,7 +39,6 @@ class ToGuest(ToHost):
         if count is None:
             return
         if 0 < count < SMALL:
-            proxy = self._proxy
             snd = conn.snd
             flags, length = _ACK_PSH, count
             failed: OSError | None = None
@@ -57,9 +56,8 @@ class ToGuest(ToHost):
             port.send_one(whole[:end])
             if self._unacked or conn.ack_now:
                 self._acknowledged(conn)
-            when = snd.sent_alone(length, proxy.now)
-            if not self.timer_at or when < self.timer_at:
-                proxy.timers.arm(when, self)
+            snd.sent(length, self._proxy.now)
+            self.rearm(snd.rto_at)
             if length > count:
                 conn.fin_sent()
             elif failed is not None:

@@ -33,8 +33,7 @@ class ToHost(FlowState):
 
     def _say(self, conn: Connection, octets: memoryview, length: int) -> None:
         """A request goes to the host."""
-        proxy = self._proxy
-        self._said_in = proxy.batch
+        self._said_in = self._proxy.batch
         self.octets_out += length
         self._unacked += length
         self._spoke = True
@@ -52,14 +51,8 @@ class ToHost(FlowState):
             self._full()
             self._keep(conn, [octets], length - sent, sent)
             self.touch()
-        elif self._dialogue >= DIALOGUE and self._unacked < snd.mss:
-            if not self._ack_at:
-                self._ack_at = proxy.now + DELAYED_ACK_S
-                if not self.ack_due:
-                    self.ack_due = self._ack_at
-                    proxy.delayed.append(self)
         else:
-            proxy.unacknowledged.append(self)
+            self._owe_ack(conn)
 
     def _to_host(self, conn: Connection) -> None:
         """Everything in order goes to the host socket; what it does not take is kept and narrows the window."""

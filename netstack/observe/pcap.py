@@ -104,7 +104,12 @@ class PcapWriter:
         try:
             self._fd = _open(path)
         except OSError as error:
-            raise ConfigError(f"capture {path}: {_why(error)}") from None
+            advice = (
+                ""
+                if error.errno == errno.ELOOP
+                else "; name a file that this user may write, in a directory that exists"
+            )
+            raise ConfigError(f"capture {path}: {_why(error)}{advice}") from None
         self._begin()
 
     def add_interface(self, name: str) -> int:

@@ -241,10 +241,15 @@ class Connection:
     def host_closed(self, seg_seq: int, seg_ack: int, offset_flags: int) -> bool:
         """Whether an empty segment is what follows our FIN when nothing goes wrong: its ACK in FIN-WAIT-1, or the guest's
         FIN, itself in order, in FIN-WAIT-2."""
+        if self.state is State.FIN_WAIT_1:
+            awaited = 0x5000 | ACK
+        elif self.state is State.FIN_WAIT_2:
+            awaited = 0x5000 | ACK | FIN
+        else:
+            return False
         snd, rcv = self.snd, self.rcv
         return (
-            offset_flags == (0x5010 if self.state is State.FIN_WAIT_1 else 0x5011)
-            and (self.state is State.FIN_WAIT_1 or self.state is State.FIN_WAIT_2)
+            offset_flags == awaited
             and seg_seq == rcv.nxt
             and seg_ack == snd.max
             and snd.nxt == snd.max
@@ -262,8 +267,7 @@ class Connection:
     def fin_arrived(self) -> None:
         """FIN-WAIT-2 to TIME-WAIT."""
         self.rcv_fin = self.rcv.nxt
-        self.rcv.nxt = (self.rcv.nxt + 1) & MASK
-        self._to(Input.FIN)
+        self.check_fin()
 
     def _ack_in_flight(self, seg_ack: int) -> bool:
         return 0 <= distance(self.snd.una, seg_ack) <= self.snd.flight()

@@ -192,17 +192,6 @@ class Sender:
         self.simple = False
         return self.rtt.expired()
 
-    def sent_alone(self, length: int, now: float) -> float:
-        """As `sent`, with nothing outstanding before; returns when the retransmission timer is due."""
-        nxt = self.nxt = self.max = (self.nxt + length) & MASK
-        rtt = self.rtt
-        if now >= rtt.again_at and not self.timed_at:
-            self.timed_at = now
-            self.timed_seq = nxt
-        self.progress_at = now
-        self.rto_at = when = now + (rtt.current() if rtt.backoff else rtt.rto)
-        return when
-
     def timed_out(self, now: float) -> None:
         """The retransmission timer fired: go back to SND.UNA (RFC 6298 5.4 to 5.6, RFC 5681 3.1)."""
         self.ssthresh = max(self.flight() >> 1, 2 * self.mss)
