@@ -1,4 +1,4 @@
-"""The native load generator and frame bridge, compiled when their source is newer than the program."""
+"""The native load generator and the bridges, compiled when their source is newer than the program."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 NATIVE = Path(__file__).resolve().parent / "native"
-PROGRAMS = ("netload", "framebridge")
+PROGRAMS = ("netload", "framebridge", "ringbridge")
 
 
 class SetupError(Exception):
