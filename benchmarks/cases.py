@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.build import SetupError, build
 from benchmarks.guests import Guest
@@ -22,6 +22,7 @@ from benchmarks.namespaces import HostNamespace
 from benchmarks.processes import Cpu, end
 
 Metrics = dict[str, float]
+Result = TypeVar("Result")
 
 IDLE_FLOWS = 10_000
 PACED_RATE = 20_000
@@ -102,6 +103,17 @@ def cost(cpu: Cpu | None, unit: str, count: float) -> Metrics:
     return {unit: cpu.total / count * factor, **user}
 
 
+def with_kicks(guest: Guest, run: Callable[[], Result]) -> tuple[Result, Metrics]:
+    """What `run` gave, and on a ring how many frames the guest sent for each time it had to wake the back-end."""
+    before = guest.counters()
+    result = run()
+    after = guest.counters()
+    if not before:
+        return result, {}
+    frames, kicks = (after[name] - before[name] for name in ("frames_out", "kicks_out"))
+    return result, {"frames_per_kick": frames / max(kicks, 1)}
+
+
 def netload(guest: Guest, verb: str, where: str, port: int, *arguments: object, limit_s: float) -> dict[str, Any]:
     command = guest.inside(str(build("netload")), verb, where, str(port), *map(str, arguments))
     return client(command, limit_s)
@@ -122,13 +134,14 @@ def tcp(streams: int, down: bool) -> Callable[[Guest, Conditions], Metrics]:
                 time.sleep(0.1)
             raise CaseFailed("the server stayed busy")
 
-        report, cpu = with_cpu(guest, transfer)
+        (report, cpu), kicks = with_kicks(guest, lambda: with_cpu(guest, transfer))
         total = report["end"]["sum_received"]
         memory = {"rss_mib": guest.rss_mib()} if guest.measured else {}
         return {
             "gbit_s": total["bits_per_second"] / 1e9,
             **cost(cpu, "cpu_s_per_gib", total["bytes"] / GIB),
             **memory,
+            **kicks,
         }
 
     return run
@@ -136,14 +149,14 @@ def tcp(streams: int, down: bool) -> Callable[[Guest, Conditions], Metrics]:
 
 def operations(verb: str, connections: int) -> Callable[[Guest, Conditions], Metrics]:
     def run(guest: Guest, at: Conditions) -> Metrics:
-        report, cpu = with_cpu(
-            guest,
-            lambda: netload(guest, verb, guest.server, at.port, connections, at.seconds, limit_s=at.seconds + 20),
-        )
+        def load() -> dict[str, Any]:
+            return netload(guest, verb, guest.server, at.port, connections, at.seconds, limit_s=at.seconds + 20)
+
+        (report, cpu), kicks = with_kicks(guest, lambda: with_cpu(guest, load))
         if not report["operations"]:
             raise CaseFailed("not one operation")
         told = {name: float(report[name]) for name in ("p50_us", "p99_us", "errors")}
-        return {"per_s": report["rate"], **told, **cost(cpu, "cpu_us_per_op", report["operations"])}
+        return {"per_s": report["rate"], **told, **cost(cpu, "cpu_us_per_op", report["operations"]), **kicks}
 
     return run
 

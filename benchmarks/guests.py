@@ -11,7 +11,9 @@ port scan runs during the measurement. The gateway's address of the host namespa
 
 from __future__ import annotations
 
+import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -117,6 +119,10 @@ class Guest(ABC):
     def cpu_seconds(self) -> Cpu:
         """CPU time of the back-end's processes so far; raises `ProcessLookupError` when it has ended."""
         return tree_cpu_seconds(self.backend.pid) if self.backend else Cpu(0.0, 0.0)
+
+    def counters(self) -> dict[str, int]:
+        """What the guest's network card has counted so far, by name; empty where nothing counts."""
+        return {}
 
     def rss_mib(self) -> float:
         return tree_rss_mib(self.backend.pid) if self.backend else 0.0
@@ -239,14 +245,61 @@ class Bridged(Guest):
     def socket(self) -> Path:
         return self.directory / f"{self.label}.sock"
 
+    def bridge_command(self) -> list[str]:
+        return [str(build("framebridge")), self.interface, str(self.mtu), str(self.socket)]
+
+    def start_bridge(self) -> None:
+        """It waits for the back-end's socket by itself."""
+        self.bridge = self.spawn(*self.inside(*self.bridge_command()))
+
+    def require_bridge(self) -> subprocess.Popen[str]:
+        """The bridge; raises `SetupError` when it has ended."""
+        if self.bridge is None or self.bridge.poll() is not None:
+            raise SetupError(f"{self.label} has no bridge:\n{self.log_tail()}")
+        return self.bridge
+
     def attach(self) -> None:
-        self.wait_for("the socket", self.socket.exists)
-        bridge = self.spawn(*self.inside(str(build("framebridge")), self.interface, str(self.mtu), str(self.socket)))
-        self.wait_for(self.interface, lambda: self.guest.has(self.interface) or bridge.poll() is not None)
+        if self.bridge is None:
+            self.start_bridge()
+        self.wait_for(self.interface, lambda: self.require_bridge() and self.guest.has(self.interface))
         self.guest.configure(self.interface, self.address, self.gateway)
 
     def dhcp_client(self, seconds: float) -> list[str]:
         return [str(build("netload")), "dhcp-qemu", str(self.socket), str(seconds)]
+
+
+class Ring(Bridged):
+    """A kernel guest behind a vhost-user back-end: `ringbridge` has the guest's memory and its virtqueues.
+
+    The bridge belongs to the guest and is started with it, so start-up includes the set-up of the rings.
+    """
+
+    @property
+    def statistics(self) -> Path:
+        return self.directory / f"{self.label}.stats"
+
+    def bridge_command(self) -> list[str]:
+        statistics = ("--stats", str(self.statistics))
+        return [str(build("ringbridge")), *statistics, self.interface, str(self.mtu), str(self.socket)]
+
+    def launch(self, *, bare: bool = False) -> None:
+        self.launch_backend()
+        self.start_bridge()
+
+    @abstractmethod
+    def launch_backend(self) -> None:
+        """Exec the back-end, to listen on `socket`."""
+
+    def dhcp_client(self, seconds: float) -> list[str]:
+        return Guest.dhcp_client(self, seconds)
+
+    def counters(self) -> dict[str, int]:
+        """Frames, kicks and calls, from the bridge (`ringbridge.c`)."""
+        self.statistics.unlink(missing_ok=True)
+        self.require_bridge().send_signal(signal.SIGUSR1)
+        self.wait_for("the bridge's statistics", self.statistics.exists)
+        counted: dict[str, int] = json.loads(self.statistics.read_text())
+        return counted
 
 
 class _Pyvpnkit:
@@ -301,6 +354,38 @@ class PyvpnkitQemuJumbo(PyvpnkitQemu):
     mtu = JUMBO
 
 
+class PyvpnkitRing(_Pyvpnkit, Ring):
+    """Our daemon on vhost-user, MTU 1500: mergeable receive buffers of a page, offloads as on the TAP."""
+
+    name = "pyvpnkit-ring"
+
+    def launch_backend(self) -> None:
+        self.run_backend(*self.command(f"vhost-user:{self.socket}"), cwd=ROOT)
+
+
+class PasstRing(Ring):
+    """passt on vhost-user, at the MTU that it gives its guests."""
+
+    name = "passt-ring"
+    server = HostNamespace.gateway
+    resolver = HostNamespace.gateway
+    address = f"{HostNamespace.address}/24"
+    gateway = HostNamespace.gateway
+    mtu = JUMBO
+
+    @classmethod
+    def missing(cls) -> str | None:
+        if shutil.which("passt") is None:
+            return "passt is not on PATH"
+        told = subprocess.run(["passt", "--help"], capture_output=True, text=True)
+        return None if "--vhost-user" in told.stdout + told.stderr else "this passt has no --vhost-user"
+
+    def launch_backend(self) -> None:
+        forwards = ["-t", "none", "-u", "none"]
+        options = ["-4", "-q", "--runas", "0", *forwards]
+        self.run_backend("passt", "--foreground", "--vhost-user", "-s", str(self.socket), *options)
+
+
 class Gvproxy(Bridged):
     """gvproxy (gvisor-tap-vsock) behind the same bridge."""
 
@@ -327,8 +412,10 @@ GUESTS: dict[str, type[Guest]] = {
         Slirp4netns,
         Slirp4netnsJumbo,
         Gvproxy,
+        PasstRing,
         PyvpnkitTap,
         PyvpnkitPacket,
+        PyvpnkitRing,
         PyvpnkitQemu,
         PyvpnkitQemuJumbo,
     )

@@ -30,6 +30,7 @@ UNITS: Final = {
     "cpu_pct": "% CPU",
     "kib_per_flow": "KiB/flow",
     "opens_per_s": "opened/s",
+    "frames_per_kick": "frames/kick",
 }
 """The metrics, in the order in which they are shown."""
 
@@ -75,7 +76,7 @@ class Verdict:
 
 
 def _requirements() -> tuple[Requirement, ...]:
-    tap, qemu, jumbo = "pyvpnkit-tap", "pyvpnkit-qemu", "pyvpnkit-qemu-65520"
+    tap, ring, qemu, jumbo = "pyvpnkit-tap", "pyvpnkit-ring", "pyvpnkit-qemu", "pyvpnkit-qemu-65520"
     found: list[Requirement] = []
 
     def need(guest: str, case: str, metric: str, **bound: Any) -> None:
@@ -93,8 +94,17 @@ def _requirements() -> tuple[Requirement, ...]:
             case = f"tcp_{direction}_{streams}"
             need(qemu, case, "gbit_s", at_least=over_slirp, reference="slirp4netns")
             need(jumbo, case, "gbit_s", at_least=gbit_s, where_veth_is_fast=True)
+    for direction, of_tap, cpu in (("up", 0.9, 0.45), ("down", 0.8, 0.65)):
+        for streams in (1, 4):
+            case = f"tcp_{direction}_{streams}"
+            need(ring, case, "gbit_s", at_least=of_tap, reference=tap)
+            need(ring, case, "gbit_s", at_least=1.0, reference="passt-ring")
+            need(ring, case, "cpu_s_per_gib", at_most=cpu)
+            if direction == "up":
+                need(ring, case, "frames_per_kick", at_least=8.0)
     for case in ("rr_16", "crr_16"):
         need(tap, case, "per_s", at_least=0.9, reference="pasta")
+        need(ring, case, "per_s", at_least=0.9, reference=tap)
     for direction in ("up", "down"):
         for size in (64, 1400):
             case = f"udp_{direction}_{size}"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import namespaces
-from benchmarks.build import SetupError, build
+from benchmarks.build import PROGRAMS, SetupError, build
 from benchmarks.cases import Case, CaseFailed, Conditions, Metrics, wait_reachable
 from benchmarks.guests import Guest
 from benchmarks.processes import end
@@ -44,8 +44,9 @@ def conditions(seconds: float, *, idle_s: float, flows: int) -> Iterator[Conditi
     """The host namespace with its servers: load generator, DNS answers, iperf3. Removed at the end."""
     namespaces.require()
     namespaces.remove_stale()
+    for name in PROGRAMS:
+        build(name)  # before anything is measured
     program = str(build("netload"))
-    build("framebridge")
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pvkbench")))
         host = namespaces.HostNamespace()
