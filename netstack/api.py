@@ -10,7 +10,7 @@ import asyncio
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Final, Protocol, TypeAlias, runtime_checkable
 
 Clock: TypeAlias = Callable[[], float]
 """Monotonic seconds: `time.monotonic`, or a test's own."""
@@ -43,6 +43,27 @@ class Endpoint:
         return f"[{self.text}]:{self.port}" if len(self.address) == 16 else f"{self.text}:{self.port}"
 
 
+READABLE: Final = 1
+"""What a descriptor is ready for, as masks of `Ready`: reading (epoll's own number) ..."""
+ROOM: Final = 4
+"""... and writing."""
+
+Ready: TypeAlias = Callable[[int], None]
+"""Called with the mask of what is ready."""
+
+
+class Watch(Protocol):
+    """Who notices that descriptors are ready (`netstack.host.io`), as links of several descriptors use it."""
+
+    def watch(self, fd: int, ready: Ready) -> None:
+        """Call `ready(mask)` each time `fd` becomes readable, also when it was before."""
+        ...
+
+    def unwatch(self, fd: int) -> None:
+        """Forget `fd`; before it is closed."""
+        ...
+
+
 @runtime_checkable
 class Link(Protocol):
     """A pipe for batches of Ethernet frames to one guest (or to the hypervisor that runs it).
@@ -50,6 +71,18 @@ class Link(Protocol):
     Every frame, both ways, begins with `headroom` octets that belong to the link: the length prefix of a stream, the
     virtio-net header of a TAP, nothing on a datagram socket. So a sender builds a frame with its prefix in one go and a
     receiver parses at a fixed offset. A link never blocks and never raises for a bad frame; `LinkDown` says the peer is gone.
+
+    What some links have besides, and the stack asks for by name:
+
+    * `receive_trains() -> list`: as `receive`, but what belongs together comes together (`netstack.link.trains.Train`: equal
+      segments side by side; `Scattered` of `netstack.link.vhost_user.link`: one long frame in pieces).
+    * `send_one(frame) -> bool`: as `send` for one frame in one piece.
+    * `window: int`: octets that a guest's connection may send ahead, where the link's own queue is the bound.
+    * `partial_checksums_in: bool`: the same as `partial_checksums` for what arrives, where the two differ.
+    * `watch(watch, ready)` and `unwatch()`: it has several descriptors and watches them itself; `fileno` is not watched then.
+    * `busy: bool`: look for frames again without being told.
+    * `room(octets, key) -> views | None` and `sent(octets)`: places in the peer's own memory to make one frame in.
+    * `publish()`: the round is over; show the peer what was taken and sent.
     """
 
     name: str

@@ -26,7 +26,7 @@ from netstack.dhcp.leases import Leases
 from netstack.dhcp.server import Server as DhcpServer
 from netstack.errors import LinkDown, Malformed
 from netstack.host.icmp_proxy import IcmpProxy
-from netstack.host.io import HostIO, native_io
+from netstack.host.io import READ, HostIO, native_io
 from netstack.host.tcp_flow_state import FlowState
 from netstack.host.tcp_proxy import FlowInfo, TcpProxy
 from netstack.host.timers import Timers
@@ -39,6 +39,7 @@ from netstack.iface.switch import Port, Switch
 from netstack.ip import icmp
 from netstack.ip.fragments import Reassembler
 from netstack.ip.ipv4 import Identifications
+from netstack.link.common import bare
 from netstack.observe.events import Contained, EventBus
 from netstack.observe.metrics import Counters
 from netstack.policy.egress import Egress
@@ -120,6 +121,9 @@ class Stack:
         self._lost: dict[bytes, float] = {}
         self._begun_anew: set[bytes] = set()
         """Addresses that were asked for by a guest without one, and that it has not used yet."""
+        self._busy: set[Port] = set()
+        """Ports to look at again in the next round: frames may come without a word."""
+        self._looks: dict[Port, Callable[[int], None]] = {}
         self._retry_at = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
         self._told: set[str] = set()
@@ -136,7 +140,11 @@ class Stack:
         port.on_down = self.detach
         port.on_blocked = self._blocked
         self.switch.ports.append(port)
-        self.io.watch(link.fileno(), self._ready_function(port), edge=False)
+        ready = self._ready_function(port)
+        if port.wakes_itself:
+            link.watch(self.io, ready)  # type: ignore[attr-defined]
+        else:
+            self.io.watch(link.fileno(), ready, edge=False)
         return port
 
     def _ready_function(self, port: Port) -> Callable[[int], None]:
@@ -150,6 +158,8 @@ class Stack:
         def ready(mask: int) -> None:
             self._link_ready(port, mask, receive, take)
 
+        if port.polled:
+            self._looks[port] = ready
         return ready
 
     def detach(self, port: Port, reason: str) -> None:
@@ -158,7 +168,12 @@ class Stack:
             return
         self.switch.ports.remove(port)
         port.alive = False
-        self.io.unwatch(port.link.fileno())
+        self._busy.discard(port)
+        self._looks.pop(port, None)
+        if port.wakes_itself:
+            port.link.unwatch()  # type: ignore[attr-defined]
+        else:
+            self.io.unwatch(port.link.fileno())
         self.switch.forget(port)
         self.dhcp.forget_port(port)
         until = self.clock() + GUEST_LOST_S
@@ -168,7 +183,11 @@ class Stack:
         port.link.close()
 
     def _blocked(self, port: Port) -> None:
-        self.io.want_write(port.link.fileno(), True)
+        self._want_room(port, True)
+
+    def _want_room(self, port: Port, wanted: bool) -> None:
+        if not port.wakes_itself:
+            self.io.want_write(port.link.fileno(), wanted)
 
     def _link_ready(self, port: Port, mask: int, receive: Callable[[], Any], take: Callable[..., None]) -> None:
         """A link has frames, or room again."""
@@ -183,6 +202,8 @@ class Stack:
         except LinkDown as error:
             port.down(str(error))
             return
+        if port.polled:
+            (self._busy.add if port.link.busy else self._busy.discard)(port)  # type: ignore[attr-defined]
         if frames:
             self.tcp.batch += 1
             try:
@@ -198,11 +219,11 @@ class Stack:
     def _relieve(self, port: Port) -> None:
         if port.drain():
             if port.alive:
-                self.io.want_write(port.link.fileno(), False)
+                self._want_room(port, False)
             port.resume()
-        else:
+        elif not port.wakes_itself:
             # Writable, yet it takes nothing: a datagram peer that does not read. Ask again a little later.
-            self.io.want_write(port.link.fileno(), False)
+            self._want_room(port, False)
             self._retry_at = self.tcp.now + RETRY_S
 
     def _flush_tcp(self) -> None:
@@ -257,14 +278,16 @@ class Stack:
                         self._contain_flow(owner, error)
                     else:
                         self._contain("event", error)
+            if self._busy:
+                for port in tuple(self._busy):
+                    idle = False
+                    self._looks[port](READ)
             if tcp.dirty:
                 self._flush_tcp()
             if tcp.ready:
                 tcp.pump()
-            for port in self.switch.ports:
-                if port.queued:
-                    port.push()
-            if not events and not tcp.ready:
+            self._push()
+            if not events and not tcp.ready and not self._busy:
                 break
             more = round_ == ROUNDS - 1
         if tcp.unacknowledged:
@@ -282,11 +305,18 @@ class Stack:
             self._run_rare(now)
         if tcp.dirty:
             self._flush_tcp()
+        self._push()
+        self._in_turn = False
+        return more or bool(tcp.ready) or bool(tcp.dirty) or bool(tcp.unacknowledged) or bool(self._busy)
+
+    def _push(self) -> None:
+        """What is queued leaves, and rings show what was done."""
         for port in tuple(self.switch.ports):
             if port.queued:
                 port.push()
-        self._in_turn = False
-        return more or bool(tcp.ready) or bool(tcp.dirty) or bool(tcp.unacknowledged)
+            publish = port.publish
+            if publish is not None and port.alive:
+                publish()
 
     def _run_rare(self, now: float) -> None:
         """Time-outs that are looked at each turn because each is one comparison."""
@@ -298,7 +328,7 @@ class Stack:
             self._retry_at = 0.0
             for port in self.switch.ports:
                 if port.congested:
-                    self.io.want_write(port.link.fileno(), True)
+                    self._want_room(port, True)
         deadline = self.tcp.deadline()
         if deadline is not None and now >= deadline:
             self.tcp.expire(now)
@@ -481,6 +511,7 @@ class Stack:
                     "frames_in": port.frames_in,
                     "frames_out": port.frames_out,
                     "congested": port.congested,
+                    **getattr(bare(port.link), "details", dict)(),
                 }
                 for port in self.switch.ports
             ],

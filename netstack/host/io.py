@@ -15,14 +15,15 @@ import errno
 import select
 import socket
 import sys
-from collections.abc import Callable
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, Final, Protocol
 
-READ: Final = 1
+from netstack.api import READABLE, ROOM, Ready
+
+READ: Final = READABLE
 """Octets, a datagram or a connection wait (epoll's own numbers, so the Linux path translates nothing)."""
 URGENT: Final = 2
 """Urgent octets are in the stream (EPOLLPRI): reads stop short at their mark, so a short read says nothing."""
-WRITE: Final = 4
+WRITE: Final = ROOM
 ERROR: Final = 8
 HANGUP: Final = 16
 READ_CLOSED: Final = 0x2000
@@ -30,9 +31,6 @@ READ_CLOSED: Final = 0x2000
 
 _EDGES: Final = READ | URGENT | READ_CLOSED | 1 << 31  # EPOLLET
 _FLAGS: Final = getattr(socket, "SOCK_NONBLOCK", 0) | getattr(socket, "SOCK_CLOEXEC", 0)
-
-Ready: TypeAlias = Callable[[int], None]
-"""Called with the mask of what is ready."""
 
 
 class HostIO(Protocol):

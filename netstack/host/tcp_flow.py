@@ -97,11 +97,26 @@ class TcpFlow(ToGuest):
         self, view: memoryview, stride: int, count: int, at: int, length: int, seq: int, ack: int, window: int
     ) -> bool:
         """`count` segments of `length` octets each, one after another; False when they must be looked at one by one."""
+        octets = length * count
+        if not self._in_order(octets, seq, ack, window):
+            return False
+        end = stride * count
+        self._iov += [view[start : start + length] for start in range(at, end, stride)]
+        return True
+
+    def pieces(self, pieces: list[memoryview], octets: int, seq: int, ack: int, window: int) -> bool:
+        """One segment of `octets` octets in pieces; False when it must be looked at in one."""
+        if not self._in_order(octets, seq, ack, window):
+            return False
+        self._iov += pieces
+        return True
+
+    def _in_order(self, octets: int, seq: int, ack: int, window: int) -> bool:
+        """The numbers of octets that come next, if they do; the octets themselves are to be added by whoever asked."""
         conn = self.conn
         if conn is None or not conn.plain:
             return False
         rcv, snd = conn.rcv, conn.snd
-        octets = length * count
         if seq != rcv.nxt or octets > (rcv.right - seq) & MASK:
             return False
         window <<= snd.shift
@@ -115,8 +130,6 @@ class TcpFlow(ToGuest):
         elif window != snd.wnd:
             return False
         rcv.nxt = (seq + octets) & MASK
-        end = stride * count
-        self._iov += [view[start : start + length] for start in range(at, end, stride)]
         self._iov_octets += octets
         if not self.dirty:
             self.dirty = True

@@ -39,6 +39,7 @@ class FlowState:
         "_ack_at",
         "_acked",
         "_base",
+        "_bulk",
         "_careful",
         "_connect_at",
         "_dialogue",
@@ -129,6 +130,8 @@ class FlowState:
         """When the proxy looks at the delayed ACK; 0 when it is not among the delayed."""
         self._careful = True
         self._connect_at = 0.0
+        self._bulk = 0
+        """What the host had for us the last time; a guess at what it has now."""
         self._dialogue = DIALOGUE
         self._spoke = False
         self._said_in = 0

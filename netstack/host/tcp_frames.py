@@ -156,7 +156,7 @@ class FrameMaker:
         )  # fmt: skip
 
     def finish(
-        self, buffer: bytearray, octets: int, seq: int, ack: int, flags: int, window: int, start: int = 0
+        self, buffer: bytearray | memoryview, octets: int, seq: int, ack: int, flags: int, window: int, start: int = 0
     ) -> int:
         """Write the headers of a frame that begins at `start` in `buffer`; its payload lies behind them already.
 

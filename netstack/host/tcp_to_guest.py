@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from netstack.host.tcp_frames import SMALL, FrameMaker
+from netstack.host.tcp_frames import HEADERS, SMALL, FrameMaker
 from netstack.host.tcp_to_host import ToHost
 from netstack.iface.switch import Port
 from netstack.tcp.connection import Connection
@@ -19,6 +19,8 @@ from netstack.wire.tcp import ACK, FIN, PSH
 BURSTS: Final = 8
 """Super-frames (or bursts) a flow may send before the others have their turn."""
 _ACK_PSH: Final = ACK | PSH
+FIRST_GUESS: Final = 8192
+"""Octets that room is asked for in the guest's memory, before anything is known of how much the host has."""
 
 
 class ToGuest(ToHost):
@@ -94,6 +96,8 @@ class ToGuest(ToHost):
         mss = snd.mss
         largest = port.tso // mss * mss if port.tso > mss else 0
         scratch, whole, payload, _small = frames.scratch
+        in_place = port.has_room and frames.partial
+        lead = frames.headroom + HEADERS
         budget = BURSTS
         while True:
             offset = (snd.nxt - self._base) & MASK
@@ -119,8 +123,20 @@ class ToGuest(ToHost):
             budget -= 1
             if resending:
                 limit = min(limit, (snd.max - snd.nxt) & MASK)
+            places = None
             if largest:
                 want = min(limit, largest)
+                if in_place and want > SMALL:
+                    guess = max(self._bulk, FIRST_GUESS)
+                    if want > guess:
+                        want = guess // mss * mss or guess
+                    places = port.room(lead + want, self.key)
+                    if places is None:
+                        if port.alive and not self._waiting:
+                            self._waiting = True
+                            port.waiting.append(self)
+                        return
+                    want = min(want, sum(map(len, places)) - lead)
             elif limit >= 2 * mss and not resending and not frames.partial:
                 # A burst of ordinary frames, headers and checksums computed together.
                 try:
@@ -150,7 +166,10 @@ class ToGuest(ToHost):
             else:
                 want = min(limit, mss)
             try:
-                count = source.read(offset, payload[:want])
+                if places is None:
+                    count = source.read(offset, payload[:want])
+                else:
+                    count = source.read_scattered(offset, _part(places, lead, want))
             except OSError as error:
                 self._host_failed(error)
                 return
@@ -179,12 +198,21 @@ class ToGuest(ToHost):
                 else:
                     self.readable = source.full
             window = self.window(conn)
-            end = frames.finish(scratch, count, snd.nxt, conn.rcv.nxt, flags, window)
             if resending:
                 proxy.counters.tcp_retransmitted += 1
             else:
                 self.octets_in += count
-            port.send_one(whole[:end])
+            if places is None:
+                port.send_one(whole[: frames.finish(scratch, count, snd.nxt, conn.rcv.nxt, flags, window)])
+            else:
+                self._bulk = 2 * count
+                first = places[0]
+                if len(first) >= lead:
+                    frames.finish(first, count, snd.nxt, conn.rcv.nxt, flags, window)
+                else:
+                    frames.finish(scratch, count, snd.nxt, conn.rcv.nxt, flags, window)
+                    _scatter(whole[:lead], places)
+                port.sent(lead + count)
             self._acknowledged(conn)
             if flags & FIN:
                 snd.sent(count + 1, proxy.now)
@@ -264,3 +292,37 @@ class ToGuest(ToHost):
                 self._proxy.counters.tcp_retransmitted += 1
                 end = frames.finish(scratch, count, seq, conn.rcv.nxt, ACK, self.window(conn))
                 frames.port.send_one(whole[:end])
+
+
+def _part(views: list[memoryview], at: int, octets: int) -> list[memoryview]:
+    """`octets` octets from `at` on."""
+    first = views[0]
+    if at < len(first):
+        found = [first[at:], *views[1:]]
+    else:
+        found = []
+        for view in views:
+            if at < len(view):
+                found.append(view[at:])
+                at = 0
+            else:
+                at -= len(view)
+    left = octets - sum(map(len, found))
+    while left < 0:
+        last = found.pop()
+        left += len(last)
+        if left > 0:
+            found.append(last[:left])
+            break
+    return found
+
+
+def _scatter(octets: memoryview, views: list[memoryview]) -> None:
+    """Write `octets` over the beginning of `views`."""
+    at = 0
+    for view in views:
+        part = octets[at : at + len(view)]
+        view[: len(part)] = part
+        at += len(part)
+        if at == len(octets):
+            return

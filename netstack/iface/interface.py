@@ -13,10 +13,11 @@ from __future__ import annotations
 import ipaddress
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, cast
 
 from netstack.errors import Malformed
 from netstack.iface.neighbours import Neighbour, Neighbours
+from netstack.iface.offload import split_datagrams
 from netstack.iface.switch import Port, Switch
 from netstack.observe.metrics import Counters, Drop
 from netstack.settings import Network
@@ -34,6 +35,11 @@ _IPV4_NO_OPTIONS: Final = 0x080045
 _FRAGMENT_AND_PROTOCOL: Final = 0xBFFF00FF
 """All but "don't fragment" and TTL."""
 _TCP: Final = 6
+_ACK: Final = 0x10
+_NOT_PUSH: Final = 0x0FF7
+"""The flags of TCP and the reserved bits, but for PSH."""
+_GSO_TYPE: Final = 0x7F
+_GSO_UDP_L4: Final = 5
 _UDP: Final = 17
 _TCP_FLAGS: Final = 0x3F
 _SYN: Final = 2
@@ -52,6 +58,8 @@ class TcpFlow(Protocol):
         self, view: memoryview, stride: int, count: int, at: int, length: int, seq: int, ack: int, window: int
     ) -> bool: ...
 
+    def pieces(self, pieces: list[memoryview], octets: int, seq: int, ack: int, window: int) -> bool: ...
+
 
 class Train(Protocol):
     """Frames side by side: `count` of them, each `stride` octets, equal but for sequence number and payload."""
@@ -62,6 +70,23 @@ class Train(Protocol):
     def stride(self) -> int: ...
     @property
     def count(self) -> int: ...
+
+
+class Scattered(Protocol):
+    """A long frame in pieces; `head` is a copy of its beginning, with all that is parsed."""
+
+    @property
+    def head(self) -> bytes: ...
+    @property
+    def octets(self) -> int: ...
+
+    def after(self, at: int) -> list[memoryview]:
+        """The octets from `at` on."""
+        ...
+
+    def joined(self) -> memoryview:
+        """A copy in one piece."""
+        ...
 
 
 class UdpAssociation(Protocol):
@@ -173,7 +198,7 @@ class Interface:
     def input(self, port: Port, frames: Sequence[memoryview], now: float) -> None:
         """A batch of frames of one link, each with the link's headroom in front."""
         headroom = port.headroom
-        partial = port.partial
+        partial = port.partial_in
         flows = self._tcp_flows
         associations = self._udp_associations
         unpack = _FAST.unpack_from
@@ -229,8 +254,9 @@ class Interface:
         counters.frames_in += count
         counters.octets_in += octets - count * headroom
 
-    def input_trains(self, port: Port, items: Sequence[memoryview | Train], now: float) -> None:
-        """As `input`, for a link that finds trains (`netstack.link.trains`); their checksums are good."""
+    def input_trains(self, port: Port, items: Sequence[memoryview | Train | Scattered], now: float) -> None:
+        """As `input`, for a link that finds trains (`netstack.link.trains`); their checksums are good. Or for one whose long
+        frames come in pieces."""
         singles: list[memoryview] = []
         for item in items:
             if isinstance(item, memoryview):
@@ -239,7 +265,10 @@ class Interface:
             if singles:
                 self.input(port, singles, now)
                 singles = []
-            self._train(port, item, now)
+            if hasattr(item, "head"):
+                self._scattered(port, cast(Scattered, item), now)
+            else:
+                self._train(port, item, now)
         if singles:
             self.input(port, singles, now)
 
@@ -260,6 +289,41 @@ class Interface:
         counters.frames_in += count
         counters.octets_in += (stride - port.headroom) * count
 
+    def _scattered(self, port: Port, item: Scattered, now: float) -> None:
+        """A TCP segment in order of a known flow is taken as it is; of all else a copy goes the usual way."""
+        head, headroom = item.head, port.headroom
+        if head[1] & _GSO_TYPE == _GSO_UDP_L4:
+            self.input(port, split_datagrams(item.joined(), headroom), now)
+            return
+        version, total, protocol, key, seq, ack, offset_flags, window = _FAST.unpack_from(head, headroom)
+        if (
+            version >> 8 == _IPV4_NO_OPTIONS
+            and protocol & _FRAGMENT_AND_PROTOCOL == _TCP
+            and head[0] & 1
+            and port.partial_in
+            and offset_flags & _NOT_PUSH == _ACK
+            and offset_flags >= 0x5000
+        ):
+            flow = self._tcp_flows.get(key)
+            at = headroom + 34 + (offset_flags >> 10 & 0x3C)
+            end = headroom + 14 + total
+            if flow is not None and flow.port is port and at < end <= item.octets:
+                pieces = item.after(at)
+                if end < item.octets:
+                    pieces = _shortened(pieces, end - at)
+                try:
+                    taken = flow.pieces(pieces, end - at, seq, ack, window)
+                except Exception as error:  # contained: this flow
+                    self._contain(flow, error)
+                    taken = True
+                if taken:
+                    port.frames_in += 1
+                    counters = self._counters
+                    counters.frames_in += 1
+                    counters.octets_in += item.octets - headroom
+                    return
+        self.input(port, [item.joined()], now)
+
     def _syn(
         self, port: Port, frame: memoryview, ip_at: int, end: int, key: bytes, seq: int, offset_flags: int, window: int
     ) -> bool:
@@ -278,7 +342,7 @@ class Interface:
         options_end = ip_at + 20 + (offset_flags >> 10 & 0x3C)
         if not ip_at + 40 <= options_end <= end:
             return False
-        if not (port.partial and frame[0] & 3) and not self._tcp_sum_good(frame, ip_at + 20, end, key):
+        if not (port.partial_in and frame[0] & 3) and not self._tcp_sum_good(frame, ip_at + 20, end, key):
             return False
         self._tcp_open(neighbour, key, seq, window, frame[ip_at + 40 : options_end], frame[ip_at:end])
         return True
@@ -318,7 +382,7 @@ class Interface:
         ethertype = frame[headroom + 12] << 8 | frame[headroom + 13]
         body = frame[headroom + 14 :]
         if ethertype == ethernet.ETHERTYPE_IPV4:
-            trusted = port.partial and bool(frame[0] & 3)
+            trusted = port.partial_in and bool(frame[0] & 3)
             try:
                 self._ipv4(port, source_mac, body, trusted, for_many, now)
             except BadChecksum:
@@ -405,3 +469,15 @@ class Interface:
             self._refuse(icmp.UNREACHABLE, icmp.PROTOCOL_UNREACHABLE, packet, now)
             return
         handler(packet, now)
+
+
+def _shortened(pieces: list[memoryview], octets: int) -> list[memoryview]:
+    """The first `octets` octets: a frame may be padded behind its packet."""
+    found = []
+    for piece in pieces:
+        if len(piece) >= octets:
+            found.append(piece[:octets])
+            break
+        found.append(piece)
+        octets -= len(piece)
+    return found

@@ -33,8 +33,10 @@ class Port:
     __slots__ = (
         "_backlog",
         "_backlog_octets",
+        "_link_room",
         "_link_send",
         "_link_send_one",
+        "_link_sent",
         "_queue",
         "alive",
         "congested",
@@ -49,8 +51,12 @@ class Port:
         "on_blocked",
         "on_down",
         "partial",
+        "partial_in",
+        "polled",
+        "publish",
         "tso",
         "waiting",
+        "wakes_itself",
         "window",
     )
 
@@ -66,6 +72,15 @@ class Port:
         self.mtu = link.mtu
         self.tso = link.tso
         self.partial = link.partial_checksums
+        self.partial_in = getattr(link, "partial_checksums_in", link.partial_checksums)
+        self._link_room: Callable[[int, bytes], list[memoryview] | None] | None = getattr(link, "room", None)
+        self._link_sent: Callable[[int], None] = getattr(link, "sent", lambda octets: None)
+        self.publish: Callable[[], None] | None = getattr(link, "publish", None)
+        """To be called when a round is over."""
+        self.polled = hasattr(link, "busy")
+        """The link may want to be looked at again without being ready (`busy`)."""
+        self.wakes_itself = hasattr(link, "watch")
+        """The link watches its descriptors itself, and tells of room when there is some."""
         self.window = getattr(link, "window", 1 << 30)
         """Octets a guest's connection may send ahead, where the link's own queue is the bound."""
         self.alive = True
@@ -123,6 +138,33 @@ class Port:
                 self._send_later(((frame,),))
         except LinkDown as error:
             self.down(str(error))
+
+    @property
+    def has_room(self) -> bool:
+        """Whether frames can be made in the peer's own memory (`room`)."""
+        return self._link_room is not None
+
+    def room(self, octets: int, key: bytes) -> list[memoryview] | None:
+        """Places for a frame of `octets` octets with headroom, or of less; `None` when there are none now: the port is then
+        congested, or down. Once the frame is there: `sent`."""
+        assert self._link_room is not None
+        try:
+            views = self._link_room(octets, key)
+        except LinkDown as error:
+            self.down(str(error))
+            return None
+        if views is None and not self.congested:
+            self.congested = True
+            self.on_blocked(self)
+        return views
+
+    def sent(self, octets: int) -> None:
+        """The frame in the places that `room` gave last has `octets` octets."""
+        self._link_sent(octets)
+        self.frames_out += 1
+        counters = self.counters
+        counters.frames_out += 1
+        counters.octets_out += octets - self.headroom
 
     def _one_of_many(self, frame: memoryview) -> int:
         return self._link_send(((frame,),))
@@ -205,12 +247,12 @@ class Port:
 class Switch:
     """MAC addresses and their ports."""
 
-    def __init__(self, counters: Counters, make_plain: Callable[[memoryview, int], list[bytes]]) -> None:
+    def __init__(self, counters: Counters, make_plain: Callable[[memoryview, int, int], list[bytes]]) -> None:
         self.ports: list[Port] = []
         self._macs: dict[bytes, Port] = {}
         self._counters = counters
         self._make_plain = make_plain
-        """`(frame with virtio-net header, mtu)` -> ordinary Ethernet frames."""
+        """`(frame with virtio-net header, octets of that, mtu)` -> ordinary Ethernet frames."""
 
     def learn(self, mac: bytes, port: Port) -> bool:
         """`mac` sent a frame on `port`; False when the address is not to be believed."""
@@ -253,7 +295,10 @@ class Switch:
         if not targets:
             return
         for target in targets:
-            plain = self._make_plain(frame, target.mtu) if port.partial else [bytes(frame[port.headroom :])]
+            if port.partial_in:
+                plain = self._make_plain(frame, port.headroom, target.mtu)
+            else:
+                plain = [bytes(frame[port.headroom :])]
             for octets in plain:
                 if len(octets) > target.mtu + 14:
                     self._counters.drops[Drop.FRAME_LONG] += 1

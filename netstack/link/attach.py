@@ -6,6 +6,8 @@ Theory of operation. `Attachments` is an async context manager that owns everyth
   the next may come. Several at once are several links.
 * dialling: connect, be a link until it is lost, connect again, with pauses that grow from 0.1 to 2 s (threats F2).
 * a bound datagram socket: `UnixgramServer` makes the links.
+* vhost-user: a connection is no link yet, it is where the front-end says when the guest's rings run; `VhostUserPeer` makes a
+  link of that, and takes it back when they stop, as often as the guest starts anew.
 * a device (tap, packet): opened at start, so that a person hears at once why it cannot be; opened again when it is lost
   (threats F20), unless the namespace was named by a process id, which may by then be somebody else's. Such a link ends
   with its process, for our own descriptor would keep the namespace alive without anybody in it.
@@ -14,8 +16,9 @@ Theory of operation. `Attachments` is an async context manager that owns everyth
 The stack is told by `attach(link, identity)` and tells by `detached(link, reason)` when a link raised `LinkDown`; for an
 end that is ours, `detach(port, reason)` is called first. Whichever comes first closes the link, once.
 
-Bounds: 64 handshakes at once, 5 s each, the oldest goes first (threats G12); 256 links; without a free descriptor no
-accept is tried for half a second (N5). All tasks are held in one `TaskGroup`, and nothing outlives `__aexit__`.
+Bounds: 64 handshakes at once, 5 s each, the oldest goes first (threats G12); 256 links and as many vhost-user connections;
+without a free descriptor no accept is tried for half a second (N5). All tasks are held in one `TaskGroup`, and nothing outlives
+`__aexit__`.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ import uuid
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from netstack.api import Clock, Link
 from netstack.errors import ConfigError, GuestError, NetstackError
@@ -40,13 +43,16 @@ from netstack.link.common import bare
 from netstack.link.devices import open_device
 from netstack.link.listening import BACKLOG, UnixSocket, peer_uid
 from netstack.link.namespace import process_handle
-from netstack.link.spec import DEVICES, STREAMS, Kind, LinkSpec, detect
+from netstack.link.spec import DEVICES, ON_STREAM_SOCKETS, Kind, LinkSpec, detect
 from netstack.link.stream import QemuLink, VmnetLink
-from netstack.link.unixgram import DatagramLink, PeerLink, UnixgramServer
+from netstack.link.unixgram import DatagramLink, UnixgramServer
 from netstack.link.vmnet import Handshake, Identity, Reserve
 from netstack.observe.events import Contained, EventBus, LinkLost, LinkUp
 from netstack.observe.metrics import Counters, Drop
-from netstack.settings import format_mac
+from netstack.settings import format_mac, parse_mac
+
+if TYPE_CHECKING:
+    from netstack.link.vhost_user.server import VhostUserPeer
 
 log = logging.getLogger("pyvpnkit.link")
 
@@ -55,6 +61,8 @@ MAX_HANDSHAKES: Final = 64
 MAX_LINKS: Final = 256
 FIRST_PAUSE_S: Final = 0.1
 LONGEST_PAUSE_S: Final = 2.0
+LONGEST_PAUSE_OF_RINGS_S: Final = 1.0
+"""For a front-end that was restarted: the link is to be back within two seconds (threats F1)."""
 STEADY_S: Final = 5.0
 """A dialled link that lasted so long was a good one: the next pause is the first again."""
 CONNECT_S: Final = 10.0
@@ -126,6 +134,7 @@ class Attachments:
         self._doors: list[UnixSocket | socket.socket] = []
         self._listening: list[str] = []
         self._servers: list[UnixgramServer] = []
+        self._peers: set[VhostUserPeer] = set()
         self._handshakes: dict[asyncio.Task[None], None] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._group: asyncio.TaskGroup | None = None
@@ -157,6 +166,8 @@ class Attachments:
             self._end(attached, "shutting down")
         for server in self._servers:
             server.close()
+        for peer in tuple(self._peers):
+            peer.close()
         for door in self._doors:
             door.close()
         self._doors.clear()
@@ -284,7 +295,7 @@ class Attachments:
         if spec.kind in DEVICES:
             self._start(self._keep_device(spec, open_device(spec, self._mtu)))
             return
-        if kind != spec.kind and not (kind in STREAMS and spec.kind in STREAMS):
+        if kind != spec.kind and not (kind in ON_STREAM_SOCKETS and spec.kind in ON_STREAM_SOCKETS):
             raise ConfigError(
                 f"link {spec}: the descriptor is not what a {spec.kind} link needs (it looks like {kind})"
             )
@@ -315,14 +326,14 @@ class Attachments:
         else:
             self._start(self._accept(spec, sock, checked=ours))
 
-    def _appeared(self, link: PeerLink) -> None:
+    def _appeared(self, link: Any) -> None:
         with self._contained(link.name):
             if self._open:
                 self._attach(link)
             else:
                 link.close()
 
-    def _vanished(self, link: PeerLink, reason: str) -> None:
+    def _vanished(self, link: Any, reason: str) -> None:
         attached = self._attached.get(id(link))
         if attached is not None:
             self._end(attached, reason)
@@ -361,8 +372,11 @@ class Attachments:
     async def _welcome(self, spec: LinkSpec, peer: socket.socket) -> None:
         await self._take(spec, peer)
 
-    async def _take(self, spec: LinkSpec, sock: socket.socket) -> _Attached | None:
-        """A connected socket becomes a link, after the handshake where there is one; None when it does not."""
+    async def _take(self, spec: LinkSpec, sock: socket.socket) -> asyncio.Event | None:
+        """A connected socket becomes a link, after the handshake where there is one; what is set when it has ended, None when it
+        does not become one."""
+        if spec.kind == "vhost-user":
+            return self._meet(spec, sock)
         identity: Identity | None = None
         attached: _Attached | None = None
         link: Link | None = None
@@ -382,7 +396,46 @@ class Attachments:
                         self._release(identity.uuid)
             if link is not None:
                 attached = self._attach(link, identity)
-        return attached
+        return None if attached is None else attached.ended
+
+    def _meet(self, spec: LinkSpec, sock: socket.socket) -> asyncio.Event | None:
+        """A front-end is there; what is set when it has gone."""
+        if len(self._peers) >= MAX_LINKS:
+            self._complain("limit", f"{spec.label}: refused, there are {MAX_LINKS} front-ends")
+            self._counters.drops[Drop.LINK_FULL] += 1
+            sock.close()
+            return None
+        # Imported by need: Linux only, and a start without such a link is faster.
+        from netstack.link.vhost_user.server import VhostUserPeer
+
+        ended = asyncio.Event()
+        taken = {peer.name for peer in self._peers}
+        name, number = spec.label, 1
+        while name in taken:
+            number += 1
+            name = f"{spec.label}#{number}"
+
+        def closed(reason: str) -> None:
+            self._peers.discard(peer)
+            log.info("%s: %s", name, reason)
+            ended.set()
+
+        peer = VhostUserPeer(
+            sock,
+            name,
+            spec.mtu or self._mtu,
+            appeared=self._appeared,
+            gone=self._vanished,
+            closed=closed,
+            counters=self._counters,
+            mac=None if spec.mac is None else parse_mac(spec.mac),
+            offload=spec.offload,
+            contain=self._contained,
+        )
+        self._peers.add(peer)
+        log.info("%s: a front-end has connected", name)
+        peer.start()
+        return ended
 
     async def _shake_hands(self, spec: LinkSpec, sock: socket.socket) -> Identity | None:
         """VMN3T. Reads not one octet beyond the command, so no frame is lost. Raises `OSError`, `TimeoutError`."""
@@ -416,19 +469,19 @@ class Attachments:
                     log.info("%s: %s; dialling until somebody answers", spec.label, error.strerror or error)
             else:
                 waiting = False
-                attached = await self._take(spec, sock)
-                if attached is not None:
+                ended = await self._take(spec, sock)
+                if ended is not None:
                     began = loop.time()
-                    await attached.ended.wait()
+                    await ended.wait()
                     if loop.time() - began >= STEADY_S:
                         pause = FIRST_PAUSE_S
             await asyncio.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE_S)
+            pause = min(2 * pause, LONGEST_PAUSE_OF_RINGS_S if spec.kind == "vhost-user" else LONGEST_PAUSE_S)
 
     async def _keep_connection(self, spec: LinkSpec, sock: socket.socket) -> None:
-        attached = await self._take(spec, sock)
-        if attached is not None:
-            await attached.ended.wait()
+        ended = await self._take(spec, sock)
+        if ended is not None:
+            await ended.wait()
         self._exhausted()
 
     def _add_device(self, spec: LinkSpec) -> None:

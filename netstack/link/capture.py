@@ -13,29 +13,19 @@ import time
 from collections.abc import Callable, Sequence
 
 from netstack.api import Frame, Link
+from netstack.link.common import Wrapper
 from netstack.observe.pcap import INBOUND, OUTBOUND, PcapWriter
 
 
-class CaptureLink:
+class CaptureLink(Wrapper):
     """`Link` that records. `inner` is the link itself. `wall_ns` are nanoseconds since 1970."""
 
     def __init__(self, inner: Link, writer: PcapWriter, *, wall_ns: Callable[[], int] = time.time_ns) -> None:
-        self.inner = inner
-        self.name = inner.name
-        self.headroom = inner.headroom
-        self.mtu = inner.mtu
-        self.max_frame = inner.max_frame
-        self.tso = inner.tso
-        self.partial_checksums = inner.partial_checksums
-        if (window := getattr(inner, "window", None)) is not None:
-            self.window: int = window
+        super().__init__(inner)
         self._writer = writer
         self._wall_ns = wall_ns
         self._interface = writer.add_interface(inner.name)
-        self.fileno = inner.fileno
         self.flush = inner.flush
-        self.prefix = inner.prefix
-        self.close = inner.close
 
     def receive(self) -> Sequence[memoryview]:
         """As the inner link's."""

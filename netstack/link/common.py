@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from typing import Final
+from typing import Any, Final
 
 from netstack.api import Link
 from netstack.errors import LinkDown
@@ -24,6 +24,36 @@ def only_busy(name: str, error: OSError) -> None:
     """
     if error.errno not in _PASSING:
         raise LinkDown(f"{name}: {error.strerror or error}") from None
+
+
+class Wrapper:
+    """The face of a link around another, `inner`: all that is told of it, and none of the short ways for single frames and places,
+    past which frames would go unseen. `receive`, `send` and `flush` are for who derives from it."""
+
+    inner: Link
+
+    _TOLD: Final = ("window", "partial_checksums_in", "watch", "unwatch", "publish")
+
+    def __init__(self, inner: Link) -> None:
+        self.inner = inner
+        self.name = inner.name
+        self.headroom = inner.headroom
+        self.mtu = inner.mtu
+        self.max_frame = inner.max_frame
+        self.tso = inner.tso
+        self.partial_checksums = inner.partial_checksums
+        self.fileno = inner.fileno
+        self.prefix = inner.prefix
+        self.close = inner.close
+        for name in self._TOLD:
+            if hasattr(inner, name):
+                setattr(self, name, getattr(inner, name))
+
+    def __getattr__(self, name: str) -> Any:
+        # `busy` changes while the link lives; whether there is one at all is asked too.
+        if name == "busy":
+            return self.inner.busy  # type: ignore[attr-defined]
+        raise AttributeError(name)
 
 
 def bare(link: Link) -> Link:

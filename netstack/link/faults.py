@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from netstack.api import Clock, Frame, Link
+from netstack.link.common import Wrapper
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,22 +78,11 @@ class _Wire:
         return self._late[0][0] if self._late else None
 
 
-class FaultyLink:
+class FaultyLink(Wrapper):
     """`Link` with `outbound` faults for what the guest sends and `inbound` ones for what it is sent."""
 
     def __init__(self, inner: Link, *, outbound: Faults, inbound: Faults, rng: random.Random, clock: Clock) -> None:
-        self.inner = inner
-        self.name = inner.name
-        self.headroom = inner.headroom
-        self.mtu = inner.mtu
-        self.max_frame = inner.max_frame
-        self.tso = inner.tso
-        self.partial_checksums = inner.partial_checksums
-        self.fileno = inner.fileno
-        self.prefix = inner.prefix
-        self.close = inner.close
-        if (window := getattr(inner, "window", None)) is not None:
-            self.window: int = window
+        super().__init__(inner)
         self._clock = clock
         self._from_guest = _Wire(outbound, rng, inner.headroom)
         self._to_guest = _Wire(inbound, rng, inner.headroom)

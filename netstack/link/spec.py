@@ -1,16 +1,19 @@
 """Link URLs: `scheme:address[,option=value...]`, the one text form of a link on the command line and in YAML.
 
+    vhost-user:/run/net.sock        listen for QEMU -netdev vhost-user, cloud-hypervisor, crosvm: the shared ring
     qemu:/run/net.sock              listen for QEMU -netdev stream (unix); also vmnet:, unixgram:, bess:
     qemu:tcp:127.0.0.1:1234         the same over TCP (also vmnet:)
-    qemu:connect:/run/net.sock      dial, and dial again when the connection ends (also connect:tcp:HOST:PORT)
+    qemu:connect:/run/net.sock      dial, and dial again when the connection ends (also connect:tcp:HOST:PORT; for
+                                    vhost-user also written vhost-user:/run/net.sock,mode=client)
     vmnet:fd:3                      a socket that was inherited, listening or connected
     fd:3[,kind=vmnet]               the same; the kind is found out when it is not given
     tap:netns=NAME tap:pid=PID      a TAP device inside a network namespace (also packet:)
     tap:fd=N                        the same, the namespace given as an open descriptor
     tap:NAME                        a TAP device NAME in our own namespace
 
-Options: `mtu=N`, `name=TEXT` (shown instead of the URL), and for tap and packet `ifname=NAME` (default eth0),
-`mac=AA:BB:...` (of the guest's end) and `offload=on|off`. A comma inside an address is written twice.
+Options: `mtu=N`, `name=TEXT` (shown instead of the URL); for tap, packet and vhost-user `mac=AA:BB:...` (of the guest's end)
+and `offload=on|off`; for tap and packet `ifname=NAME` (default eth0); for vhost-user `mode=server|client`. A comma inside an
+address is written twice.
 """
 
 from __future__ import annotations
@@ -29,14 +32,17 @@ from netstack.settings import format_mac, parse_mac
 How: TypeAlias = Literal["unix", "tcp", "fd", "netns", "pid", "device", "inherited"]
 """What `where` is: a socket's path, `HOST:PORT`, a namespace (descriptor, name, process), a device, an open link."""
 
-Kind: TypeAlias = Literal["qemu", "vmnet", "unixgram", "bess", "tap", "packet"]
+Kind: TypeAlias = Literal["vhost-user", "qemu", "vmnet", "unixgram", "bess", "tap", "packet"]
 
-SOCKETS: Final = ("qemu", "vmnet", "unixgram", "bess")
+SOCKETS: Final = ("vhost-user", "qemu", "vmnet", "unixgram", "bess")
 STREAMS: Final = ("qemu", "vmnet")
+ON_STREAM_SOCKETS: Final = (*STREAMS, "vhost-user")
 DEVICES: Final = ("tap", "packet")
-_LATER: Final = {"vhost-user": "the shared ring", "stdio": "a child's standard input and output"}
+WITH_OFFLOADS: Final = (*DEVICES, "vhost-user")
+_LATER: Final = {"stdio": "a child's standard input and output"}
 _BUILT: Final = (*SOCKETS, *DEVICES, "fd")
 _FORMS: Final = {
+    "vhost-user": "vhost-user:/PATH, vhost-user:/PATH,mode=client or vhost-user:fd:N",
     "qemu": "qemu:/PATH, qemu:tcp:HOST:PORT, qemu:connect:/PATH, qemu:connect:tcp:HOST:PORT or qemu:fd:N",
     "vmnet": "vmnet:/PATH, vmnet:tcp:HOST:PORT, vmnet:connect:/PATH or vmnet:fd:N",
     "unixgram": "unixgram:/PATH or unixgram:fd:N",
@@ -63,9 +69,9 @@ class LinkSpec:
     ifname: str | None = None
     """Name of the guest's interface (tap, packet)."""
     mac: str | None = None
-    """MAC address of the guest's interface (tap, packet)."""
+    """MAC address of the guest's interface (tap, packet; vhost-user where the front-end asks for one)."""
     offload: bool = True
-    """Checksum and segmentation offload (tap, packet)."""
+    """Checksum and segmentation offload (tap, packet, vhost-user)."""
 
     def __post_init__(self) -> None:
         if self.mtu is not None and not 576 <= self.mtu <= 65520:
@@ -76,8 +82,10 @@ class LinkSpec:
             raise ConfigError(
                 f"link {self}: ifname={self.ifname!r} is no interface name (1 to 15 characters, no slash)"
             )
-        if (self.ifname or self.mac or not self.offload) and self.kind not in (*DEVICES, None):
-            raise ConfigError(f"link {self}: ifname, mac and offload are for tap and packet links only")
+        if self.ifname and self.kind not in (*DEVICES, None):
+            raise ConfigError(f"link {self}: ifname is for tap and packet links only")
+        if (self.mac or not self.offload) and self.kind not in (*WITH_OFFLOADS, None):
+            raise ConfigError(f"link {self}: mac and offload are for tap, packet and vhost-user links only")
 
     @classmethod
     def parse(cls, text: str) -> LinkSpec:
@@ -105,6 +113,13 @@ class LinkSpec:
             how, where, connect = _place(scheme, where)
         if not _plausible(scheme, how, where, connect):
             raise ConfigError(f"link {text!r}: write {_FORMS[scheme]}")
+        if "mode" in options:
+            mode = options.pop("mode")
+            if kind != "vhost-user" or how != "unix" or mode not in ("server", "client"):
+                raise ConfigError(f"link {text!r}: mode={mode}; mode=server or mode=client is for vhost-user:/PATH")
+            if connect and mode == "server":
+                raise ConfigError(f"link {text!r}: connect: and mode=server contradict each other; leave one out")
+            connect = mode == "client"
         spec = cls(kind=kind, how=how, where=where, connect=connect)  # type: ignore[arg-type]
         return replace(spec, **_typed(text, options))
 
@@ -175,7 +190,9 @@ def _typed(text: str, options: dict[str, str]) -> dict[str, Any]:
             case "offload":
                 raise ConfigError(f"link {text!r}: offload={value!r}; use on or off")
             case _:
-                raise ConfigError(f"link {text!r}: unknown option {key!r}; there are mtu, name, ifname, mac, offload")
+                raise ConfigError(
+                    f"link {text!r}: unknown option {key!r}; there are mtu, name, ifname, mac, offload, mode"
+                )
     return typed
 
 

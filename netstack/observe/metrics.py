@@ -12,6 +12,7 @@ class Drop(StrEnum):
     FRAME_SHORT = "frame_short"
     FRAME_LONG = "frame_long"
     FRAME_SOURCE = "frame_source"
+    OFFLOAD_HEADER = "offload_header"
     ETHERTYPE = "ethertype"
     SWITCH_UNKNOWN = "switch_unknown"
     ARP_MALFORMED = "arp_malformed"

@@ -13,6 +13,9 @@ from netstack.errors import ConfigError
 from netstack.link.spec import LinkSpec, detect
 
 GOOD = [
+    "vhost-user:/run/vhost.sock",
+    "vhost-user:connect:/run/vhost.sock,mtu=9000,offload=off,config=off",
+    "vhost-user:fd:3,mac=02:00:00:00:00:01",
     "qemu:/run/net.sock",
     "qemu:./net.sock",
     "qemu:tcp:127.0.0.1:1234",
@@ -50,6 +53,9 @@ def test_a_link_is_written_as_it_is_read(text: str) -> None:
     [
         ("unixgram:///run/vfkit.sock", "unixgram:/run/vfkit.sock"),
         ("fd:3,kind=vmnet", "vmnet:fd:3"),
+        ("fd:3,kind=vhost-user", "vhost-user:fd:3"),
+        ("vhost-user:/run/a.sock,mode=client", "vhost-user:connect:/run/a.sock"),
+        ("vhost-user:/run/a.sock,mode=server,config=on", "vhost-user:/run/a.sock"),
         ("tap:netns=a,mac=02-AA-00-00-00-0F", "tap:netns=a,mac=02:aa:00:00:00:0f"),
         ("tap:netns=a,offload=on", "tap:netns=a"),
     ],
@@ -62,11 +68,18 @@ def test_other_spellings_mean_the_same(text: str, same: str) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "one of the schemes qemu"),
+        ("", "one of the schemes vhost-user, qemu"),
         ("qemu", "SCHEME:ADDRESS"),
         ("/run/net.sock", "one of the schemes"),
         ("ethernet:/x", "one of the schemes"),
-        ("vhost-user:/run/vhost.sock", "not built yet; there are qemu, vmnet"),
+        ("vhost-user:run/vhost.sock,mode=server", "write vhost-user:/PATH"),
+        ("vhost-user:tcp:127.0.0.1:1", "write vhost-user:/PATH"),
+        ("vhost-user:/x,mode=sideways", "mode=server or mode=client"),
+        ("vhost-user:connect:/x,mode=server", "contradict each other"),
+        ("qemu:/x,mode=client", "is for vhost-user"),
+        ("qemu:/x,config=off", "config is for vhost-user links only"),
+        ("vhost-user:/x,config=maybe", "use on or off"),
+        ("vhost-user:/x,ifname=eth1", "tap and packet links only"),
         ("stdio:gvforwarder", "not built yet"),
         ("qemu:", "write qemu:/PATH"),
         ("qemu:net.sock", "write qemu:/PATH"),
@@ -82,7 +95,7 @@ def test_other_spellings_mean_the_same(text: str, same: str) -> None:
         ("fd:" + "3" * 5000, "write fd:N"),
         ("fd:2147483648", "write fd:N"),
         ("tap:pid=99999999999999999999", "tap:pid=PID"),
-        ("fd:3,kind=token-ring", "use one of qemu, vmnet"),
+        ("fd:3,kind=token-ring", "use one of vhost-user, qemu, vmnet"),
         ("tap:pid=x", "tap:pid=PID"),
         ("tap:", "tap:netns=NAME"),
         ("tap:user=me", "tap:netns=NAME"),
@@ -93,7 +106,7 @@ def test_other_spellings_mean_the_same(text: str, same: str) -> None:
         ("qemu:/x,speed=1", "unknown option 'speed'; there are mtu"),
         ("qemu:/x,mtu", "one option=value"),
         ("qemu:/x,mtu=1500,mtu=1500", "one option=value"),
-        ("qemu:/x,mac=02:00:00:00:00:01", "tap and packet links only"),
+        ("qemu:/x,mac=02:00:00:00:00:01", "tap, packet and vhost-user links only"),
         ("tap:netns=a,mac=hello", "MAC"),
         ("tap:netns=a,mac=01:00:00:00:00:01", "group address"),
         ("tap:netns=a,offload=maybe", "use on or off"),

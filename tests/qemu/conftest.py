@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import machine
-from tests.support.machine import Machine, Parts
+from tests.support.machine import Card, Machine, Parts
 from tests.support.netns import Daemon, World, require, world
 from tests.support.webhost import web
 
@@ -25,7 +25,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
 class Site:
     """A daemon, a web server on the host's loopback, and one machine at a time, started when it is first wanted."""
 
-    def __init__(self, place: World, made_of: Parts, link: str, netdev: str, port: int) -> None:
+    def __init__(self, place: World, made_of: Parts, link: str, card: Card, port: int) -> None:
         self.host = place.host
         self.port = port
         """Of the web server."""
@@ -36,13 +36,13 @@ class Site:
         """And with one that has a lease and no connections."""
         self._nowhere = place.namespace("qemu")
         self._parts = made_of
-        self._netdev = netdev
+        self._card = card
         self._machine: Machine | None = None
         place.defer(self.power_cut)
 
     def machine(self) -> Machine:
         if self._machine is None:
-            self._machine = Machine(self._nowhere, self._parts, self._netdev)
+            self._machine = Machine(self._nowhere, self._parts, self._card)
             self.attached = self.attached or self.daemon.descriptors()
         return self._machine
 
@@ -65,8 +65,8 @@ class Site:
 def _site(kind: str, made_of: Parts, directory: Path) -> Iterator[Site]:
     with world(directory) as place, web(place.host) as port:
         path = place.socket_path()
-        netdev = machine.stream(path) if kind == "qemu" else machine.datagrams(path, place.socket_path("own.sock"))
-        made = Site(place, made_of, f"{kind}:{path}", netdev, port)
+        card = machine.stream(path) if kind == "qemu" else machine.datagrams(path, place.socket_path("own.sock"))
+        made = Site(place, made_of, f"{kind}:{path}", card, port)
         yield made
         made.finish()
 

@@ -168,14 +168,36 @@ def newc(files: Iterable[tuple[str, int, bytes]]) -> Iterator[bytes]:
         yield octets.ljust(-len(octets) % 4 + len(octets), b"\0")
 
 
-def stream(path: str) -> str:
+@dataclass(frozen=True)
+class Card:
+    """A network card: what QEMU is told of its other end (`netdev`), of the card (`options`), and besides (`words`)."""
+
+    netdev: str
+    options: str = ""
+    words: tuple[str, ...] = ()
+
+
+def stream(path: str) -> Card:
     """The network card's other end: a `qemu:` link."""
-    return f"stream,id=n,server=off,addr.type=unix,addr.path={path}"
+    return Card(f"stream,id=n,server=off,addr.type=unix,addr.path={path}")
 
 
-def datagrams(path: str, own: str) -> str:
+def datagrams(path: str, own: str) -> Card:
     """The network card's other end: a `unixgram:` link, reached from the path `own`."""
-    return f"dgram,id=n,local.type=unix,local.path={own},remote.type=unix,remote.path={path}"
+    return Card(f"dgram,id=n,local.type=unix,local.path={own},remote.type=unix,remote.path={path}")
+
+
+def shared_ring(path: str, options: str = "", *, server: bool = False, queues: int = 1) -> Card:
+    """The network card's other end: a `vhost-user:` link. The memory is shared; QEMU dials again when the daemon is gone, or
+    listens itself (`server`). `vectors=0`, because QEMU 7.2 under TCG crashes on MSI-X with vhost-user."""
+    memory = "memory-backend-memfd,id=mem,size=256M,share=on"
+    how = "server=on,wait=off" if server else "reconnect=1"
+    many = f",queues={queues}" if queues > 1 else ""
+    return Card(
+        f"vhost-user,id=n,chardev=c{many}",
+        f",vectors=0{',mq=on' if queues > 1 else ''}{options}",
+        ("-object", memory, "-machine", "memory-backend=mem", "-chardev", f"socket,id=c,path={path},{how}"),
+    )
 
 
 class Machine:
@@ -184,12 +206,13 @@ class Machine:
     There is no `-no-reboot`: it may start again by itself, with the same QEMU. One that panics goes round until the limit.
     """
 
-    def __init__(self, place: Namespace, made_of: Parts, netdev: str, *, mac: str = MAC) -> None:
+    def __init__(self, place: Namespace, made_of: Parts, card: Card, *, mac: str = MAC, processors: int = 1) -> None:
         words = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none"]
         words += ["-accel", "tcg,thread=multi", "-M", "q35", "-cpu", "max", "-m", "256", "-serial", "stdio"]
         words += ["-kernel", str(made_of.kernel), "-initrd", str(made_of.initrd), "-append"]
         words += ["console=ttyS0 quiet panic=-1 mitigations=off nokaslr random.trust_cpu=on cryptomgr.notests"]
-        words += ["-netdev", netdev, "-device", f"virtio-net-pci,netdev=n,romfile=,mac={mac}"]
+        words += [*card.words, "-smp", str(processors)]
+        words += ["-netdev", card.netdev, "-device", f"virtio-net-pci,netdev=n,romfile=,mac={mac}{card.options}"]
         self._began = time.monotonic()
         self.process = subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", "nsenter", f"--net={place.path}", *words],
