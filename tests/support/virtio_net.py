@@ -94,6 +94,11 @@ class Header(NamedTuple):
     def pack(self, size: int = 12) -> bytes:
         return HEADER.pack(*self)[:size]
 
+    @classmethod
+    def unpack(cls, octets: bytes) -> Header:
+        """10 or 12 octets."""
+        return cls._make(HEADER.unpack(octets.ljust(12, b"\0")))
+
 
 NO_OFFLOAD: Final = Header()
 

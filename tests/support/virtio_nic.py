@@ -19,7 +19,7 @@ from typing import Literal
 
 from tests.support.guest_memory import PAGE, GuestMemory
 from tests.support.vhost_front import FrontEnd, ProtocolFeature
-from tests.support.virtio_net import FULL, HEADER, NO_OFFLOAD, SINGLE, Feature, Header, Received, check
+from tests.support.virtio_net import FULL, NO_OFFLOAD, SINGLE, Feature, Header, Received, check
 from tests.support.virtqueue import DeviceFault, DriverQueue, Piece, QueueFull
 
 Shape = Literal["mergeable", "big", "single"]
@@ -34,6 +34,9 @@ class Pair:
         self.number = number
         self.rx: DriverQueue[list[Piece]] = DriverQueue(nic.memory, size, indirect=indirect, event_idx=event_idx)
         self.tx: DriverQueue[list[Piece]] = DriverQueue(nic.memory, size, indirect=indirect, event_idx=event_idx)
+        if nic.first:
+            self.rx.reset(nic.first)
+            self.tx.reset(nic.first)
         self.tx.want_calls(False)  # chains are taken back when the next frame is sent
         self.kicks = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(2)]
         self.calls = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(2)]
@@ -103,12 +106,15 @@ class Nic:
         buffer: int = 4096,
         buffers: int = 1 << 16,
         mtu: int = 1500,
+        first: int = 0,
         slots: bool = False,
     ) -> None:
         self.front = front
         self.memory = memory
         self.mtu = mtu
         self.size = size
+        self.first = first
+        """Index with which rings begin; a driver's is 0, but that of a machine that was migrated may be any."""
         self.slots = slots
         """Tell of memory region by region (CONFIGURE_MEM_SLOTS) instead of all at once."""
         self.offered = self.protocol = self.queue_pairs = 0
@@ -350,7 +356,7 @@ class Nic:
             octets = self._written(pieces, written)
             if written < self.header_size:
                 raise DeviceFault(f"a used length of {written}, less than the header's")
-            header = Header(*HEADER.unpack((octets[: self.header_size] + bytes(2))[:12]))
+            header = Header.unpack(octets[: self.header_size])
             count = header.num_buffers if self.has(Feature.MRG_RXBUF) else 1
             if not 1 <= count <= len(waiting) - position:
                 raise DeviceFault(f"num_buffers is {count}, {len(waiting) - position} are used")

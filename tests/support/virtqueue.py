@@ -73,8 +73,8 @@ class DriverQueue(Generic[T]):
         self.calls_wanted = True
         self.reset()
 
-    def reset(self) -> None:
-        """As after a reset of the device: nothing outstanding, all indexes 0. Indirect tables go back."""
+    def reset(self, first: int = 0) -> None:
+        """As after a reset of the device: nothing outstanding, all indexes 0 (or `first`). Indirect tables go back."""
         for outstanding in getattr(self, "outstanding", {}).values():
             if outstanding.table:
                 self.memory.free(outstanding.table)
@@ -83,10 +83,11 @@ class DriverQueue(Generic[T]):
         self._table[:] = bytes(len(self._table))
         for ring in (self._available, self._used):
             ring[:] = memoryview(bytes(2 * len(ring))).cast("H")
-        self.next_available = 0
+        self._available[1] = self._used[1] = first
+        self.next_available = first
         """Of the next chain, modulo 65536 (as is `next_used`)."""
-        self.published = 0
-        self.next_used = 0
+        self.published = first
+        self.next_used = first
         self.completed = 0
         """Chains the device gave back, ever."""
         self.want_calls(self.calls_wanted)
@@ -115,6 +116,23 @@ class DriverQueue(Generic[T]):
         self.outstanding[indexes[0]] = _Outstanding(token, writable, indexes, table)
         self.offer(indexes[0])
         return indexes[0]
+
+    # by hand, for who has chains of another make
+
+    def take(self, count: int) -> list[int]:
+        """Numbers of free descriptors, which are nobody else's from now on."""
+        if count > len(self._free):
+            raise QueueFull
+        return [self._free.pop() for _ in range(count)]
+
+    def describe(self, index: int, address: int, length: int, flags: int, following: int) -> None:
+        """One descriptor of the ring, as told."""
+        DESCRIPTOR.pack_into(self._table, 16 * index, address, length, flags, following)
+
+    def expect(self, head: int, token: T, indexes: list[int], *, writable: int = 0, table: int = 0) -> None:
+        """Offer the chain at `head`; when it comes back its descriptors `indexes` and its indirect `table` are free."""
+        self.outstanding[head] = _Outstanding(token, writable, indexes, table)
+        self.offer(head)
 
     @staticmethod
     def _describe(table: memoryview, indexes: Sequence[int], pieces: Sequence[Piece]) -> None:
