@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from pyvpnkit import machine as qemu
+from pyvpnkit.boot import Parts
+from pyvpnkit.machine import Card
 from tests.support import machine
-from tests.support.machine import Card, Machine, Parts
+from tests.support.machine import Machine
 from tests.support.netns import Daemon, World, require, world
 from tests.support.webhost import web
 
@@ -65,7 +68,7 @@ class Site:
 def _site(kind: str, made_of: Parts, directory: Path) -> Iterator[Site]:
     with world(directory) as place, web(place.host) as port:
         path = place.socket_path()
-        card = machine.stream(path) if kind == "qemu" else machine.datagrams(path, place.socket_path("own.sock"))
+        card = qemu.stream(path) if kind == "qemu" else qemu.datagrams(path, place.socket_path("own.sock"))
         made = Site(place, made_of, f"{kind}:{path}", card, port)
         yield made
         made.finish()

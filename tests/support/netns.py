@@ -170,7 +170,7 @@ class Namespace:
 def udhcpc_script() -> Path:
     """What configures the interface for udhcpc: the distribution's, or ours where it has none."""
     debian = Path("/etc/udhcpc/default.script")
-    return debian if debian.exists() else Path(__file__).with_name("udhcpc.script")
+    return debian if debian.exists() else ROOT / "pyvpnkit" / "udhcpc.script"
 
 
 class Daemon:
