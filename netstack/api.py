@@ -64,6 +64,35 @@ class Watch(Protocol):
         ...
 
 
+class Room(Protocol):
+    """Room for one frame in the memory of a link's peer. It is used at once, by `sent`, or not at all, by `unused`."""
+
+    octets: int
+    """For so many octets, headroom included."""
+    at: int
+
+    @property
+    def buffer(self) -> memoryview | None:
+        """The headers go to `at` in it; `None` where they lie in pieces, for `write`."""
+        ...
+
+    def read(self, source: Any, offset: int, lead: int) -> int | None:
+        """Fill what is behind the first `lead` octets from `offset` of `source` on (`netstack.host.octets`); as its `read`."""
+        ...
+
+    def write(self, octets: memoryview) -> None:
+        """The first octets of the frame."""
+        ...
+
+    def sent(self, octets: int) -> None:
+        """The frame is there, and has so many octets."""
+        ...
+
+    def unused(self) -> None:
+        """There is no frame."""
+        ...
+
+
 @runtime_checkable
 class Link(Protocol):
     """A pipe for batches of Ethernet frames to one guest (or to the hypervisor that runs it).
@@ -81,7 +110,7 @@ class Link(Protocol):
     * `partial_checksums_in: bool`: the same as `partial_checksums` for what arrives, where the two differ.
     * `watch(watch, ready)` and `unwatch()`: it has several descriptors and watches them itself; `fileno` is not watched then.
     * `busy: bool`: look for frames again without being told.
-    * `room(octets, key) -> views | None` and `sent(octets)`: places in the peer's own memory to make one frame in.
+    * `room(octets, lead, key, native) -> Room | None`: room in the peer's own memory to make one frame in.
     * `publish()`: the round is over; show the peer what was taken and sent.
     """
 

@@ -253,6 +253,8 @@ def _line(one: Any) -> str:
                 words.append(f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={value}")
             case None | "":
                 pass
+            case list() | tuple():
+                words.append(f"{key}={','.join(map(str, value))}")
             case _:
                 words.append(str(value))
     return " ".join(words)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 DIALOGUE: Final = 3
 """Answers in a row that carried an ACK, after which requests wait for one (`ToHost`)."""
+FIRST_GUESS: Final = 8192
 _RESET: Final = struct.pack("ii", 1, 0)  # SO_LINGER on, 0 s: close sends RST
 NO_OPTIONS: Final = Options()
 
@@ -130,8 +131,8 @@ class FlowState:
         """When the proxy looks at the delayed ACK; 0 when it is not among the delayed."""
         self._careful = True
         self._connect_at = 0.0
-        self._bulk = 0
-        """What the host had for us the last time; a guess at what it has now."""
+        self._bulk = FIRST_GUESS
+        """So many octets the host may have for us, by what it had the last time; for so many is room made in a guest's memory."""
         self._dialogue = DIALOGUE
         self._spoke = False
         self._said_in = 0

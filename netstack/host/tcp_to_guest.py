@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from netstack.host.tcp_flow_state import FIRST_GUESS
 from netstack.host.tcp_frames import HEADERS, SMALL, FrameMaker
 from netstack.host.tcp_to_host import ToHost
 from netstack.iface.switch import Port
@@ -19,8 +20,6 @@ from netstack.wire.tcp import ACK, FIN, PSH
 BURSTS: Final = 8
 """Super-frames (or bursts) a flow may send before the others have their turn."""
 _ACK_PSH: Final = ACK | PSH
-FIRST_GUESS: Final = 8192
-"""Octets that room is asked for in the guest's memory, before anything is known of how much the host has."""
 
 
 class ToGuest(ToHost):
@@ -99,14 +98,15 @@ class ToGuest(ToHost):
         in_place = port.has_room and frames.partial
         lead = frames.headroom + HEADERS
         budget = BURSTS
+        count: int | None
         while True:
             offset = (snd.nxt - self._base) & MASK
             resending = snd.nxt != snd.max
-            room = limit = (snd.wnd if snd.wnd < snd.cwnd else snd.cwnd) - ((snd.nxt - snd.una) & MASK)
+            ahead = limit = (snd.wnd if snd.wnd < snd.cwnd else snd.cwnd) - ((snd.nxt - snd.una) & MASK)
             if snd.fin_at is not None:
                 left = distance(snd.nxt, snd.fin_at)
                 if left <= 0:
-                    if left == 0 and room >= 0:
+                    if left == 0 and ahead >= 0:
                         self._send_fin(conn, frames)
                     return
                 limit = min(limit, left)
@@ -123,20 +123,20 @@ class ToGuest(ToHost):
             budget -= 1
             if resending:
                 limit = min(limit, (snd.max - snd.nxt) & MASK)
-            places = None
+            room = None
             if largest:
                 want = min(limit, largest)
-                if in_place and want > SMALL:
-                    guess = max(self._bulk, FIRST_GUESS)
+                if in_place and want > SMALL and not resending:
+                    guess = self._bulk
                     if want > guess:
                         want = guess // mss * mss or guess
-                    places = port.room(lead + want, self.key)
-                    if places is None:
+                    room = port.room(lead + want, lead, self.key, source.native)
+                    if room is None:
                         if port.alive and not self._waiting:
                             self._waiting = True
                             port.waiting.append(self)
                         return
-                    want = min(want, sum(map(len, places)) - lead)
+                    want = room.octets - lead
             elif limit >= 2 * mss and not resending and not frames.partial:
                 # A burst of ordinary frames, headers and checksums computed together.
                 try:
@@ -166,13 +166,17 @@ class ToGuest(ToHost):
             else:
                 want = min(limit, mss)
             try:
-                if places is None:
+                if room is None:
                     count = source.read(offset, payload[:want])
                 else:
-                    count = source.read_scattered(offset, _part(places, lead, want))
+                    count = room.read(source, offset, lead)
             except OSError as error:
+                if room is not None:
+                    room.unused()
                 self._host_failed(error)
                 return
+            if not count and room is not None:
+                room.unused()
             if count is None:
                 self.readable = source.full
                 return
@@ -202,17 +206,16 @@ class ToGuest(ToHost):
                 proxy.counters.tcp_retransmitted += 1
             else:
                 self.octets_in += count
-            if places is None:
+            if room is None:
                 port.send_one(whole[: frames.finish(scratch, count, snd.nxt, conn.rcv.nxt, flags, window)])
             else:
-                self._bulk = 2 * count
-                first = places[0]
-                if len(first) >= lead:
-                    frames.finish(first, count, snd.nxt, conn.rcv.nxt, flags, window)
+                self._bulk = max(2 * count, FIRST_GUESS)
+                if room.buffer is not None:
+                    frames.finish(room.buffer, count, snd.nxt, conn.rcv.nxt, flags, window, room.at)
                 else:
                     frames.finish(scratch, count, snd.nxt, conn.rcv.nxt, flags, window)
-                    _scatter(whole[:lead], places)
-                port.sent(lead + count)
+                    room.write(whole[:lead])
+                port.sent(room, lead + count)
             self._acknowledged(conn)
             if flags & FIN:
                 snd.sent(count + 1, proxy.now)
@@ -292,37 +295,3 @@ class ToGuest(ToHost):
                 self._proxy.counters.tcp_retransmitted += 1
                 end = frames.finish(scratch, count, seq, conn.rcv.nxt, ACK, self.window(conn))
                 frames.port.send_one(whole[:end])
-
-
-def _part(views: list[memoryview], at: int, octets: int) -> list[memoryview]:
-    """`octets` octets from `at` on."""
-    first = views[0]
-    if at < len(first):
-        found = [first[at:], *views[1:]]
-    else:
-        found = []
-        for view in views:
-            if at < len(view):
-                found.append(view[at:])
-                at = 0
-            else:
-                at -= len(view)
-    left = octets - sum(map(len, found))
-    while left < 0:
-        last = found.pop()
-        left += len(last)
-        if left > 0:
-            found.append(last[:left])
-            break
-    return found
-
-
-def _scatter(octets: memoryview, views: list[memoryview]) -> None:
-    """Write `octets` over the beginning of `views`."""
-    at = 0
-    for view in views:
-        part = octets[at : at + len(view)]
-        view[: len(part)] = part
-        at += len(part)
-        if at == len(octets):
-            return

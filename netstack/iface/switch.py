@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from itertools import chain, islice
 from typing import Any, Final
 
-from netstack.api import Frame, Link
+from netstack.api import Frame, Link, Room
 from netstack.errors import LinkDown
 from netstack.observe.metrics import Counters, Drop
 
@@ -36,7 +36,6 @@ class Port:
         "_link_room",
         "_link_send",
         "_link_send_one",
-        "_link_sent",
         "_queue",
         "alive",
         "congested",
@@ -73,8 +72,7 @@ class Port:
         self.tso = link.tso
         self.partial = link.partial_checksums
         self.partial_in = getattr(link, "partial_checksums_in", link.partial_checksums)
-        self._link_room: Callable[[int, bytes], list[memoryview] | None] | None = getattr(link, "room", None)
-        self._link_sent: Callable[[int], None] = getattr(link, "sent", lambda octets: None)
+        self._link_room: Callable[[int, int, bytes, bool], Room | None] | None = getattr(link, "room", None)
         self.publish: Callable[[], None] | None = getattr(link, "publish", None)
         """To be called when a round is over."""
         self.polled = hasattr(link, "busy")
@@ -144,23 +142,23 @@ class Port:
         """Whether frames can be made in the peer's own memory (`room`)."""
         return self._link_room is not None
 
-    def room(self, octets: int, key: bytes) -> list[memoryview] | None:
-        """Places for a frame of `octets` octets with headroom, or of less; `None` when there are none now: the port is then
-        congested, or down. Once the frame is there: `sent`."""
+    def room(self, octets: int, lead: int, key: bytes, native: bool) -> Room | None:
+        """Room for a frame of `octets` octets with headroom, or of less, the first `lead` of them headers; `None` when there is
+        none now: the port is then congested, or down. Once the frame is there: `sent`."""
         assert self._link_room is not None
         try:
-            views = self._link_room(octets, key)
+            room = self._link_room(octets, lead, key, native)
         except LinkDown as error:
             self.down(str(error))
             return None
-        if views is None and not self.congested:
+        if room is None and not self.congested:
             self.congested = True
             self.on_blocked(self)
-        return views
+        return room
 
-    def sent(self, octets: int) -> None:
-        """The frame in the places that `room` gave last has `octets` octets."""
-        self._link_sent(octets)
+    def sent(self, room: Room, octets: int) -> None:
+        """The frame in `room` has `octets` octets."""
+        room.sent(octets)
         self.frames_out += 1
         counters = self.counters
         counters.frames_out += 1

@@ -430,6 +430,7 @@ class Attachments:
             counters=self._counters,
             mac=None if spec.mac is None else parse_mac(spec.mac),
             offload=spec.offload,
+            with_config=spec.config,
             contain=self._contained,
         )
         self._peers.add(peer)

@@ -12,8 +12,8 @@
     tap:NAME                        a TAP device NAME in our own namespace
 
 Options: `mtu=N`, `name=TEXT` (shown instead of the URL); for tap, packet and vhost-user `mac=AA:BB:...` (of the guest's end)
-and `offload=on|off`; for tap and packet `ifname=NAME` (default eth0); for vhost-user `mode=server|client`. A comma inside an
-address is written twice.
+and `offload=on|off`; for tap and packet `ifname=NAME` (default eth0); for vhost-user `mode=server|client` and `config=on|off`
+(offer a configuration space: crosvm needs it, QEMU warns of it). A comma inside an address is written twice.
 """
 
 from __future__ import annotations
@@ -72,6 +72,8 @@ class LinkSpec:
     """MAC address of the guest's interface (tap, packet; vhost-user where the front-end asks for one)."""
     offload: bool = True
     """Checksum and segmentation offload (tap, packet, vhost-user)."""
+    config: bool = True
+    """Offer the configuration space (vhost-user), which crosvm asks for and QEMU complains of."""
 
     def __post_init__(self) -> None:
         if self.mtu is not None and not 576 <= self.mtu <= 65520:
@@ -86,6 +88,8 @@ class LinkSpec:
             raise ConfigError(f"link {self}: ifname is for tap and packet links only")
         if (self.mac or not self.offload) and self.kind not in (*WITH_OFFLOADS, None):
             raise ConfigError(f"link {self}: mac and offload are for tap, packet and vhost-user links only")
+        if not self.config and self.kind not in ("vhost-user", None):
+            raise ConfigError(f"link {self}: config is for vhost-user links only")
 
     @classmethod
     def parse(cls, text: str) -> LinkSpec:
@@ -143,13 +147,14 @@ class LinkSpec:
             "ifname": self.ifname,
             "mac": self.mac,
             "offload": None if self.offload else "off",
+            "config": None if self.config else "off",
         }
         return text + "".join(f",{key}={value}" for key, value in options.items() if value is not None)
 
     @property
     def label(self) -> str:
         """What people see: the given name, or the URL without its options."""
-        return self.name or str(replace(self, mtu=None, ifname=None, mac=None, offload=True))
+        return self.name or str(replace(self, mtu=None, ifname=None, mac=None, offload=True, config=True))
 
     @property
     def endpoint(self) -> tuple[str, int]:
@@ -185,13 +190,13 @@ def _typed(text: str, options: dict[str, str]) -> dict[str, Any]:
                 typed[key] = value
             case "mac":
                 typed[key] = format_mac(parse_mac(value))
-            case "offload" if value in ("on", "off"):
+            case "offload" | "config" if value in ("on", "off"):
                 typed[key] = value == "on"
-            case "offload":
-                raise ConfigError(f"link {text!r}: offload={value!r}; use on or off")
+            case "offload" | "config":
+                raise ConfigError(f"link {text!r}: {key}={value!r}; use on or off")
             case _:
                 raise ConfigError(
-                    f"link {text!r}: unknown option {key!r}; there are mtu, name, ifname, mac, offload, mode"
+                    f"link {text!r}: unknown option {key!r}; there are mtu, name, ifname, mac, offload, mode, config"
                 )
     return typed
 

@@ -6,7 +6,7 @@ change it meanwhile: all of a frame of up to `SMALL` octets, the first `HEAD` oc
 the round is over (`publish`), when nobody looks at them any more.
 
 Inbound, TCP asks for `room` and has the host's octets read straight into the guest's buffers, writes the headers in front and says
-how much it was (`sent`). Everything else is copied into the next buffers (`send`). Where the guest has none left nothing is
+how much it was (`places`). Everything else is copied into the next buffers (`send`). Where the guest has none left nothing is
 dropped: `send` takes no more, TCP leaves its octets in the host socket, and the guest's next buffers wake us.
 
 While frames keep coming the guest is not asked to tell of new ones: `busy` has the stack look again in each round, and only a look
@@ -27,6 +27,7 @@ from netstack.errors import LinkDown
 from netstack.link.common import ETHERNET_HEADER, LARGEST_FRAME, VLAN_TAG
 from netstack.link.vhost_user import vanish
 from netstack.link.vhost_user.memory import Broken, GuestMemory
+from netstack.link.vhost_user.places import Pieces, Places, note_buffers, scatter
 from netstack.link.vhost_user.ring import DESCRIPTOR, WRITE, SplitQueue
 from netstack.observe.metrics import Counters, Drop
 
@@ -140,7 +141,8 @@ class VhostUserLink:
         self._ready: Ready = lambda mask: None
         self._watched: dict[int, Ready] = {}
         self._kicks: dict[int, Ready] = {}
-        self._room_views: list[memoryview] = []
+        self._places: list[Places | None] = []
+        self._pieces: list[Pieces] = []
         self.on_broken: Callable[[str], None] = lambda reason: None
         """Told once when the guest's rings turn out to be broken, just before `LinkDown`."""
         self._down = ""
@@ -154,7 +156,9 @@ class VhostUserLink:
     def use(self, pairs: Sequence[tuple[SplitQueue, SplitQueue]]) -> None:
         """These are the queue pairs from now on, the first of them for what belongs to none."""
         self._pairs = list(pairs)
-        self._receive = self._room_queue = pairs[0][0]
+        self._receive = pairs[0][0]
+        self._places = [None] * len(pairs)
+        self._pieces = [Pieces(receive) for receive, _ in pairs]
         self._transmit = [transmit for _, transmit in pairs]
         self._several = len(pairs) > 1
         self.busy = True
@@ -396,55 +400,35 @@ class VhostUserLink:
             if not queue.listen():
                 return False
             queue.waiting()
-        whole = memoryview(frame)
-        at = 0
-        for view in views:
-            part = whole[at : at + len(view)]
-            view[: len(part)] = part
-            at += len(part)
-            if at == octets:
-                break
+        scatter(memoryview(frame), views)
         count = queue.commit(octets)
         if count > 1:
-            self._note_buffers(views, count)
+            note_buffers(views, count)
         return True
 
-    @staticmethod
-    def _note_buffers(views: list[memoryview], count: int) -> None:
-        """`num_buffers`, the last two octets of the header, wherever they lie."""
-        at = 10
-        number = count.to_bytes(2, "little")
-        for octet in number:
-            left = at
-            for view in views:
-                if left < len(view):
-                    view[left] = octet
-                    break
-                left -= len(view)
-            at += 1
-
-    def room(self, octets: int, key: bytes) -> list[memoryview] | None:
-        """Buffers of the guest for a frame of up to `octets` octets with its headroom, perhaps for fewer; None when there are none
-        just now. `key` is the flow's: addresses and ports of the guest's own frames."""
-        queue = self._pairs[self._steer[key[9]] % len(self._pairs)][0] if self._several else self._receive
+    def room(self, octets: int, lead: int, key: bytes, native: bool) -> Places | Pieces | None:
+        """Room in the guest's buffers for a frame of up to `octets` octets with its headroom, perhaps for fewer, of which the first
+        `lead` are headers; None when there is none just now. `key` is the flow's: addresses and ports of the guest's own frames.
+        `native`: it will be filled from a socket of the kernel's."""
+        number = self._steer[key[9]] % len(self._pairs) if self._several else 0
         try:
-            views = queue.gather(octets, 1 << 30 if self._offloads.mergeable else 1)
-            if not views and queue.listen():
-                queue.waiting()
-                views = queue.gather(octets, 1 << 30 if self._offloads.mergeable else 1)
+            if native and self._offloads.mergeable:
+                places = self._places[number]
+                if places is None:
+                    places = self._places[number] = Places(self._pairs[number][0], self._memory)
+                if places.find(octets, lead):
+                    return places
+            pieces = self._pieces[number]
+            most = 1 << 30 if self._offloads.mergeable else 1
+            if pieces.find(octets, lead, most):
+                return pieces
+            if pieces.queue.listen():
+                pieces.queue.waiting()
+                if pieces.find(octets, lead, most):
+                    return pieces
         except Broken as error:
             self._break(error)
-        if not views:
-            return None
-        self._room_queue = queue
-        self._room_views = views
-        return views
-
-    def sent(self, octets: int) -> None:
-        """The frame in the views of `room` has `octets` octets."""
-        count = self._room_queue.commit(octets)
-        if count > 1:
-            self._note_buffers(self._room_views, count)
+        return None
 
     def publish(self) -> None:
         """The round is over: show the guest what was used, and tell it where it wants to know."""

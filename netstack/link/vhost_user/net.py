@@ -20,6 +20,7 @@ from netstack.link.vhost_user.device import EVENT_IDX, INDIRECT_DESC, OFFERED, V
 from netstack.link.vhost_user.device import Refused as Refused
 from netstack.link.vhost_user.link import Offloads, VhostUserLink
 from netstack.link.vhost_user.memory import Broken
+from netstack.link.vhost_user.messages import ProtocolFeature
 from netstack.link.vhost_user.ring import SplitQueue
 from netstack.observe.metrics import Counters
 
@@ -95,13 +96,14 @@ class NetDevice(Device):
         counters: Counters | None = None,
         mac: bytes | None = None,
         offload: bool = True,
+        with_config: bool = True,
     ) -> None:
         super().__init__(
             name,
             features=features(offload=offload),
             queues=2 * MAX_PAIRS + 1,
             queue_number=MAX_PAIRS,
-            protocol=OFFERED,
+            protocol=[one for one in OFFERED if with_config or one is not ProtocolFeature.CONFIG],
         )
         self.mtu = mtu
         self.mac = mac or made_up_mac(name)

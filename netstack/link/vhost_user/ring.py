@@ -62,6 +62,7 @@ class SplitQueue:
         "_used",
         "_used_head",
         "_with_event",
+        "available",
         "call",
         "calls",
         "descriptors",
@@ -112,7 +113,8 @@ class SplitQueue:
     def _map(self, memory: GuestMemory) -> None:
         at, size = self._addresses, self.size
         self.descriptors = memory.at_user_address(at.descriptors, 16 * size)
-        self._available = memory.at_user_address(at.available, 6 + 2 * size).cast("H")
+        self.available = memory.at_user_address(at.available, 6 + 2 * size)
+        self._available = self.available.cast("H")
         used = memory.at_user_address(at.used, 6 + 8 * size)
         self._used_head = used[:4].cast("H")
         self._used = used[4 : 4 + 8 * size].cast("I")
@@ -281,11 +283,15 @@ class SplitQueue:
             count += 1
             if total >= octets:
                 break
-        self.done += heads[:count]
-        self._lens += lens[: count - 1]
-        self._lens.append(octets - sum(lens[: count - 1]))
-        self.next = (self.next + count) & 0xFFFF
+        self.use(heads[:count], lens[: count - 1], octets - sum(lens[: count - 1]))
         return count
+
+    def use(self, heads: list[int], lens: list[int], last: int) -> None:
+        """Use up these next chains: `lens` octets in all but the last, `last` in that."""
+        self.done += heads
+        self._lens += lens
+        self._lens.append(last)
+        self.next = (self.next + len(heads)) & 0xFFFF
 
     # What is used.
 

@@ -45,11 +45,21 @@ class VhostUserPeer:
         counters: Counters | None = None,
         mac: bytes | None = None,
         offload: bool = True,
+        with_config: bool = True,
         contain: Callable[[str], contextlib.AbstractContextManager[None]] = lambda where: contextlib.nullcontext(),
     ) -> None:
         sock.setblocking(False)
         self.name = name
-        self.device = NetDevice(name, mtu, appeared=appeared, gone=gone, counters=counters, mac=mac, offload=offload)
+        self.device = NetDevice(
+            name,
+            mtu,
+            appeared=appeared,
+            gone=gone,
+            counters=counters,
+            mac=mac,
+            offload=offload,
+            with_config=with_config,
+        )
         self._sock = sock
         self._closed = closed
         self._contain = contain
