@@ -431,6 +431,7 @@ class Attachments:
             mac=None if spec.mac is None else parse_mac(spec.mac),
             offload=spec.offload,
             with_config=spec.config,
+            complain=self._complain,
             contain=self._contained,
         )
         self._peers.add(peer)

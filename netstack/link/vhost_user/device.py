@@ -54,6 +54,11 @@ OFFERED: Final = (
 )
 
 
+def warn(_cause: str, text: str) -> None:
+    """To the log, always."""
+    log.warning("%s", text)
+
+
 class Refused(NetstackError):
     """A message that cannot be obeyed: answered with a failure where an answer is wanted, else the end of the connection."""
 
@@ -88,9 +93,18 @@ class Device:
     GET_QUEUE_NUM says."""
 
     def __init__(
-        self, name: str, *, features: int, queues: int, queue_number: int, protocol: Sequence[ProtocolFeature] = OFFERED
+        self,
+        name: str,
+        *,
+        features: int,
+        queues: int,
+        queue_number: int,
+        protocol: Sequence[ProtocolFeature] = OFFERED,
+        complain: Callable[[str, str], None] = warn,
     ) -> None:
         self.name = name
+        self.complain = complain
+        """Told `(cause, text)` of what a person should know; who listens may say only so much of one cause."""
         self.features = features | 1 << PROTOCOL_FEATURES
         self.protocol = sum(1 << bit for bit in protocol)
         self.queues = queues
@@ -180,7 +194,7 @@ class Device:
             text = f"{name_of(message.request)}: {error}"
             if not wanted:
                 raise Refused(text) from None
-            log.warning("%s: %s", self.name, text)
+            self.complain("refused", f"{self.name}: {text}")
             status = 1
         except Malformed as error:
             raise Malformed(f"{name_of(message.request)}: {error}") from None
@@ -201,6 +215,7 @@ class Device:
     def stop_by_itself(self, reason: str) -> None:
         """The guest's rings are broken: none runs until the front-end starts it anew. Tells by the error descriptors."""
         self.broken = reason
+        self.complain("broken", f"{self.name}: {reason}; the device stops until the guest's driver starts it again")
         for ring in self.rings.values():
             if ring.error >= 0:
                 with contextlib.suppress(OSError):

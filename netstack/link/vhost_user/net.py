@@ -16,8 +16,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
-from netstack.link.vhost_user.device import EVENT_IDX, INDIRECT_DESC, OFFERED, VERSION_1, Device, Ring
-from netstack.link.vhost_user.device import Refused as Refused
+from netstack.link.vhost_user.device import EVENT_IDX, INDIRECT_DESC, OFFERED, VERSION_1, Device, Refused, Ring, warn
 from netstack.link.vhost_user.link import Offloads, VhostUserLink
 from netstack.link.vhost_user.memory import Broken
 from netstack.link.vhost_user.messages import ProtocolFeature
@@ -97,6 +96,7 @@ class NetDevice(Device):
         mac: bytes | None = None,
         offload: bool = True,
         with_config: bool = True,
+        complain: Callable[[str, str], None] = warn,
     ) -> None:
         super().__init__(
             name,
@@ -104,6 +104,7 @@ class NetDevice(Device):
             queues=2 * MAX_PAIRS + 1,
             queue_number=MAX_PAIRS,
             protocol=[one for one in OFFERED if with_config or one is not ProtocolFeature.CONFIG],
+            complain=complain,
         )
         self.mtu = mtu
         self.mac = mac or made_up_mac(name)

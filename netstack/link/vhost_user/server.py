@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import socket
 import struct
 from collections.abc import Callable
@@ -16,13 +15,11 @@ from typing import Final
 
 from netstack.errors import Malformed
 from netstack.link.vhost_user import messages
-from netstack.link.vhost_user.device import Refused, close_all
+from netstack.link.vhost_user.device import Refused, close_all, warn
 from netstack.link.vhost_user.link import VhostUserLink
 from netstack.link.vhost_user.messages import Assembler
 from netstack.link.vhost_user.net import NetDevice
 from netstack.observe.metrics import Counters
-
-log = logging.getLogger("pyvpnkit.link")
 
 _MESSAGES: Final = 64
 """Messages per call of `readable`; then the loop has its turn."""
@@ -46,6 +43,7 @@ class VhostUserPeer:
         mac: bytes | None = None,
         offload: bool = True,
         with_config: bool = True,
+        complain: Callable[[str, str], None] = warn,
         contain: Callable[[str], contextlib.AbstractContextManager[None]] = lambda where: contextlib.nullcontext(),
     ) -> None:
         sock.setblocking(False)
@@ -59,6 +57,7 @@ class VhostUserPeer:
             mac=mac,
             offload=offload,
             with_config=with_config,
+            complain=complain,
         )
         self._sock = sock
         self._closed = closed
@@ -116,7 +115,7 @@ class VhostUserPeer:
             if answer is not None:
                 self._send(answer)
         except (Malformed, Refused) as error:
-            log.warning("%s: %s", self.name, error)
+            self.device.complain("refused", f"{self.name}: {error}")
             self.end(str(error))
             return False
         return True
