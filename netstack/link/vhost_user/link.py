@@ -33,6 +33,8 @@ from netstack.observe.metrics import Counters, Drop
 
 BATCH: Final = 64
 """Frames per `receive` of each queue; they cost no memory of ours."""
+LOOKS: Final = 4
+"""How often room is looked for again because the guest made some meanwhile."""
 SMALL: Final = 512
 HEAD: Final = 192
 """Octets of a long frame that are copied: virtio-net header, Ethernet, and IP and TCP with all their options."""
@@ -128,7 +130,7 @@ class VhostUserLink:
         """Look again without being told."""
         self.details: Callable[[], dict[str, object]] = dict
         """For status pages."""
-        self.frames_per_kick = [0, 0]
+        self.taken = self.kicked = 0
         """Outbound frames, and how often we were told of some."""
         self._offloads = offloads
         self._counters = counters if counters is not None else Counters()
@@ -181,10 +183,12 @@ class VhostUserLink:
             self._watch_all()
 
     def _kicked(self, _mask: int) -> None:
-        self.frames_per_kick[1] += 1
+        self.kicked += 1
         self._ready(READABLE)
 
     def _refilled(self, _mask: int) -> None:
+        for receive, _ in self._pairs:
+            receive.hush()
         self._ready(ROOM)
 
     def _awake(self, _mask: int) -> None:
@@ -252,19 +256,21 @@ class VhostUserLink:
         if self._down:
             raise LinkDown(f"{self.name}: {self._down}")
         found: list[memoryview | Scattered] = []
+        busy = False
         try:
             for number, queue in enumerate(self._transmit):
                 heads = queue.heads(BATCH)
-                if not heads and queue.listen():
+                if not heads and queue.listen(queue.next):
                     heads = queue.heads(BATCH)
                 if heads:
+                    busy = True
                     queue.hush()
                     self._take(queue, heads, found, number)
                     queue.complete(heads)
         except Broken as error:
             self._break(error)
-        self.busy = bool(found)
-        self.frames_per_kick[0] += len(found)
+        self.busy = busy
+        self.taken += len(found)
         return found
 
     def _take(self, queue: SplitQueue, heads: list[int], found: list[memoryview | Scattered], number: int) -> None:
@@ -385,21 +391,23 @@ class VhostUserLink:
 
     def _put(self, queue: SplitQueue, frame: bytes | bytearray | memoryview) -> bool:
         octets = len(frame)
-        while True:
-            most = 1 << 30 if self._offloads.mergeable else 1
+        most = 1 << 30 if self._offloads.mergeable else 1
+        for _ in range(queue.size + LOOKS):
             views = queue.gather(octets, most)
-            if sum(map(len, views)) >= octets:
+            room = sum(map(len, views))
+            if room >= octets:
                 break
-            if not self._offloads.mergeable and views:
-                # A frame that the guest left no room for.
-                self._counters.drops[Drop.FRAME_LONG] += 1
+            if room < self._shortest and queue.taken_heads and most == 1:
+                queue.use(queue.taken_heads, [], 0)  # a chain that is too short for any frame
+            elif views and (most == 1 or len(queue.taken_heads) == queue.size):
+                self._counters.drops[Drop.FRAME_LONG] += 1  # the guest leaves no room for such a frame
                 return True
-            if len(queue.taken_heads) >= queue.size:
-                self._counters.drops[Drop.FRAME_LONG] += 1
-                return True
-            if not queue.listen():
+            elif not queue.listen(queue.seen):
                 return False
-            queue.waiting()
+            else:
+                queue.waiting()
+        else:
+            return False
         scatter(memoryview(frame), views)
         count = queue.commit(octets)
         if count > 1:
@@ -420,12 +428,12 @@ class VhostUserLink:
                     return places
             pieces = self._pieces[number]
             most = 1 << 30 if self._offloads.mergeable else 1
-            if pieces.find(octets, lead, most):
-                return pieces
-            if pieces.queue.listen():
-                pieces.queue.waiting()
+            for _ in range(LOOKS):
                 if pieces.find(octets, lead, most):
                     return pieces
+                if not pieces.queue.listen(pieces.queue.seen):
+                    break
+                pieces.queue.waiting()
         except Broken as error:
             self._break(error)
         return None

@@ -237,8 +237,7 @@ class NetDevice(Device):
             "ring_sizes": [ring.size for _, ring in sorted(self.rings.items()) if ring.queue is not None],
         }
         if self.link is not None:
-            frames, kicks = self.link.frames_per_kick
-            found["frames_outbound"] = frames
-            found["kicks"] = kicks
+            found["frames_outbound"] = self.link.taken
+            found["kicks"] = self.link.kicked
             found["calls"] = sum(ring.queue.calls for ring in self.rings.values() if ring.queue is not None)
         return found

@@ -45,10 +45,15 @@ class Pieces:
     def find(self, octets: int, lead: int, most: int) -> bool:
         """Room for a frame of up to `octets` octets in at most `most` chains; False when there is not even any for `lead`. Raises
         `Broken`."""
-        views = self._views = self.queue.gather(octets, most)
-        self.octets = min(octets, sum(map(len, views)))
-        if self.octets <= lead:
-            return False
+        queue = self.queue
+        while True:
+            views = self._views = queue.gather(octets, most)
+            self.octets = min(octets, sum(map(len, views)))
+            if self.octets > lead:
+                break
+            if most > 1 or not queue.taken_heads:
+                return False
+            queue.use(queue.taken_heads, [], 0)  # a chain that is too short for any frame
         self.buffer = views[0] if len(views[0]) >= lead else None
         return True
 

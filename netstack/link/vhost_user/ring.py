@@ -169,14 +169,15 @@ class SplitQueue:
             f"{self.size}"
         )
 
-    def listen(self) -> bool:
-        """Be told of the next available entry. True when there is one already, which nobody will tell of."""
+    def listen(self, index: int) -> bool:
+        """Be told when entries beyond `index` are available (`next`, or `seen` where those that are do not help). True when
+        there are some already, which nobody will tell of."""
         if self._with_event:
-            self._event[0] = self.next
+            self._event[0] = index
         else:
             self._used_head[0] = 0
         barrier.full()
-        return self._available[1] != self.next
+        return self._available[1] != index
 
     def hush(self) -> None:
         """Be told no more (with `VIRTIO_F_EVENT_IDX` nothing has to be done for it: the mark is passed once)."""
