@@ -139,6 +139,7 @@ struct queue {
 	unsigned slots;
 	uint16_t filled, published; /* available index: what is written, and what the back-end sees of it */
 	uint16_t seen;		    /* used index */
+	bool *offered;		    /* by slot: the back-end has it, or is about to */
 	int kick, call;
 	uint64_t frames, octets, kicks, calls;
 };
@@ -151,6 +152,7 @@ static void make_queue(struct queue *queue, unsigned size, unsigned chain)
 	queue->mask = size - 1;
 	queue->chain = chain;
 	queue->slots = size / chain;
+	queue->offered = calloc(queue->slots + 1, sizeof *queue->offered);
 	queue->table = allot(size * sizeof *queue->table);
 	queue->available = allot(sizeof *queue->available + size * 2 + 2);
 	queue->used = allot(sizeof *queue->used + size * sizeof queue->used->ring[0] + 2);
@@ -184,6 +186,7 @@ static void describe(struct queue *queue, unsigned slot, struct descriptor *piec
 /* The back-end may have the slot's chain, once it is published. */
 static void offer(struct queue *queue, unsigned slot)
 {
+	queue->offered[slot] = true;
 	queue->available->ring[queue->filled++ & queue->mask] = (uint16_t)(slot * queue->chain);
 }
 
@@ -223,9 +226,11 @@ static unsigned take(struct queue *queue, uint32_t *length)
 	unsigned at = queue->seen++ & queue->mask;
 	uint32_t id = queue->used->ring[at].id;
 	*length = queue->used->ring[at].length;
-	if (id % queue->chain || id / queue->chain >= queue->slots)
-		complain("used entry %u names descriptor %u, which begins no chain", at, id);
-	return id / queue->chain;
+	unsigned slot = id / queue->chain;
+	if (id % queue->chain || slot >= queue->slots || !queue->offered[slot])
+		complain("used entry %u names descriptor %u, which begins no chain that was made available", at, id);
+	queue->offered[slot] = false;
+	return slot;
 }
 
 /* Ask to be called when `count` entries will be waiting; false when they are already. */
@@ -562,7 +567,7 @@ static enum collected collect(int tap)
 
 static uint8_t *rx_memory;
 static size_t rx_slot;
-static unsigned refill; /* so many buffers are given back at once */
+static unsigned *rx_free, rx_free_count, refill; /* given back when there are `refill`, the last first, as Linux does */
 static uint64_t refused; /* frames the TAP did not take */
 
 static void make_rx(void)
@@ -600,6 +605,7 @@ static void make_rx(void)
 	}
 	if (refill < 1)
 		refill = 1;
+	rx_free = malloc(rx.slots * sizeof *rx_free);
 }
 
 /* A driver believes VIRTIO_NET_HDR_F_DATA_VALID; a TAP would verify the checksum, which the back-end may have left out
@@ -629,7 +635,7 @@ static bool deliver(int tap)
 		size_t octets = length;
 		if (length <= HEADER || length > (has(VIRTIO_NET_F_MRG_RXBUF) ? rx_slot : BIG_SLOT - BIG_PAD + HEADER))
 			complain("a used rx buffer of %u octets", length);
-		offer(&rx, slot);
+		rx_free[rx_free_count++] = slot;
 		if (has(VIRTIO_NET_F_MRG_RXBUF)) {
 			buffers = header->num_buffers;
 			if (!buffers || buffers > there || buffers > IOV_MAX)
@@ -640,7 +646,7 @@ static bool deliver(int tap)
 				slot = take(&rx, &length);
 				if (length > rx_slot)
 					complain("a used rx buffer of %u octets", length);
-				offer(&rx, slot);
+				rx_free[rx_free_count++] = slot;
 				pieces[vectors++] = (struct iovec){ rx_memory + slot * rx_slot, length };
 				octets += length;
 			}
@@ -657,8 +663,11 @@ static bool deliver(int tap)
 		}
 		rx.frames++;
 		rx.octets += octets - HEADER;
-		if ((uint16_t)(rx.filled - rx.published) >= refill)
+		if (rx_free_count >= refill) {
+			while (rx_free_count)
+				offer(&rx, rx_free[--rx_free_count]);
 			publish(&rx);
+		}
 	}
 	return count == RX_BATCH;
 }
