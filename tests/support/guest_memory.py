@@ -53,10 +53,16 @@ class _Mapped:
 
 
 class GuestMemory:
-    """See the module. `one_file`: all regions in one memfd, one behind the other, the first at page 1 of it."""
+    """See the module. `spread`: what is allocated lies in all regions by turns, otherwise in the largest, as in most machines.
+    `one_file`: all regions in one memfd, one behind the other, the first at page 1 of it."""
 
     def __init__(
-        self, layout: Sequence[tuple[int, int]] = LAYOUT, *, one_file: bool = False, sealed: bool = False
+        self,
+        layout: Sequence[tuple[int, int]] = LAYOUT,
+        *,
+        spread: bool = True,
+        one_file: bool = False,
+        sealed: bool = False,
     ) -> None:
         self.files: list[int] = []
         self._mapped: list[_Mapped] = []
@@ -64,7 +70,8 @@ class GuestMemory:
         """Octets given out of each region."""
         self._free: dict[int, list[int]] = {}
         self._sizes: dict[int, int] = {}
-        self._turn = 0
+        self._spread = spread
+        self._turn = 0 if spread else max(range(len(layout)), key=lambda number: layout[number][1])
         at = PAGE if one_file else 0
         if one_file:
             self._file(PAGE + sum(size for _address, size in layout))
@@ -140,7 +147,8 @@ class GuestMemory:
             return free.pop()
         for _ in self._mapped:
             number = self._turn
-            self._turn = (number + 1) % len(self._mapped)
+            if self._spread:
+                self._turn = (number + 1) % len(self._mapped)
             region = self._mapped[number].region
             at = -(-(region.guest_address + self._used[number]) // min(room, PAGE)) * min(room, PAGE)
             if at + room <= region.guest_address + region.size:

@@ -243,11 +243,15 @@ class FrontEnd:
             raise NoReply
         return turns
 
-    def hung_up(self) -> bool:
-        """Whether the back-end ended the connection, after it has handled everything sent so far."""
+    def settle(self) -> None:
+        """Let a back-end in this thread handle everything sent so far."""
         if self.turn is not None:
             for _ in range(4):
                 self.turn()
+
+    def hung_up(self) -> bool:
+        """Whether the back-end ended the connection, after it has handled everything sent so far."""
+        self.settle()
         try:
             return not self.sock.recv(1, socket.MSG_PEEK)
         except BlockingIOError:

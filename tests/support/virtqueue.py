@@ -119,6 +119,11 @@ class DriverQueue(Generic[T]):
 
     # by hand, for who has chains of another make
 
+    @property
+    def descriptors(self) -> memoryview:
+        """The descriptor table."""
+        return self._table
+
     def take(self, count: int) -> list[int]:
         """Numbers of free descriptors, which are nobody else's from now on."""
         if count > len(self._free):

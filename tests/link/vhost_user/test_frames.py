@@ -23,6 +23,7 @@ from tests.support.virtqueue import NEXT, Piece, QueueFull
 from .conftest import MRG, SUBSETS, MakeBench
 
 ROUNDS = 150
+SPREAD = pytest.mark.parametrize("spread", [True, False], ids=["all-regions", "one-region"])
 ALL = pytest.mark.parametrize("features", SUBSETS.values(), ids=SUBSETS)
 
 
@@ -74,7 +75,7 @@ def inbound(bench: Bench, rng: random.Random, batches: int) -> int:
             frame = rng.randbytes(sizes(rng, 1514))
             way = rng.randrange(3)
             if way == 2:
-                taken: int = bench.give_by_room(frame, spare=rng.choice([0, 0, 100, 60_000]))
+                taken: int = bench.give_by_room(frame, spare=rng.choice([0, 0, 100, 60_000]), native=rng.random() < 0.5)
             else:
                 taken = bench.give(frame, one=bool(way))
             if not taken:
@@ -86,37 +87,49 @@ def inbound(bench: Bench, rng: random.Random, batches: int) -> int:
     return nic.pairs[0].rx.completed - before
 
 
+@SPREAD
 @ALL
-def test_frames_of_the_guest_arrive_octet_by_octet(bench: MakeBench, features: int) -> None:
-    b = bench(features)
+def test_frames_of_the_guest_arrive_octet_by_octet(bench: MakeBench, features: int, spread: bool) -> None:
+    b = bench(features, spread=spread)
     assert outbound(b, random.Random(1), ROUNDS) > ROUNDS
     assert b.drops == 0 and not b.reasons
 
 
+@SPREAD
 @ALL
-def test_frames_to_the_guest_arrive_octet_by_octet(bench: MakeBench, features: int) -> None:
-    b = bench(features)
+def test_frames_to_the_guest_arrive_octet_by_octet(bench: MakeBench, features: int, spread: bool) -> None:
+    b = bench(features, spread=spread)
     assert inbound(b, random.Random(2), ROUNDS) > ROUNDS
     assert b.drops == 0 and not b.reasons
 
 
+@SPREAD
 @pytest.mark.parametrize("buffer", [64, 1526, 4096])
-def test_frames_fill_as_many_buffers_as_they_need_and_the_header_says_how_many(bench: MakeBench, buffer: int) -> None:
-    b = bench(FULL, buffer=buffer, buffers=256)
+def test_frames_fill_as_many_buffers_as_they_need_and_the_header_says_how_many(
+    bench: MakeBench, buffer: int, spread: bool
+) -> None:
+    b = bench(FULL, buffer=buffer, buffers=256, spread=spread)
     rng = random.Random(3)
     for octets in (14, 52, 53, 60, 1513, 1514, 1515, 4084, 4085, 9000):
         b.nic.mtu = 9000
         frame = rng.randbytes(octets)
-        for give in (b.give, b.give_by_room, partial(b.give_by_room, spare=5000)):
+        for give in (
+            b.give,
+            b.give_by_room,
+            partial(b.give_by_room, spare=5000),
+            partial(b.give_by_room, native=True),
+            partial(b.give_by_room, spare=5000, native=True),
+        ):
             assert give(frame) == 1
             (received,) = b.nic.receive(called=True)
             assert received.frame == frame
             assert received.buffers == -(-(octets + 12) // buffer)
 
 
+@SPREAD
 @pytest.mark.parametrize("mergeable", [True, False])
-def test_super_frames_go_both_ways_with_their_header(bench: MakeBench, mergeable: bool) -> None:
-    b = bench(FULL if mergeable else FULL & ~MRG)
+def test_super_frames_go_both_ways_with_their_header(bench: MakeBench, mergeable: bool, spread: bool) -> None:
+    b = bench(FULL if mergeable else FULL & ~MRG, spread=spread)
     rng = random.Random(4)
     for octets in (1515, 4096, 16_000, 65_000, 54 + 45 * 1448):
         frame = rng.randbytes(octets)
@@ -126,8 +139,25 @@ def test_super_frames_go_both_ways_with_their_header(bench: MakeBench, mergeable
         assert arrived == frame and taken[:6] == header[:6]
         assert b.give(frame, header=header) == 1
         assert b.give_by_room(frame, header)
+        assert b.give_by_room(frame, header, native=True)
         for received in b.nic.receive(called=True):
             assert received.frame == frame and received.header[:6] == header[:6]
+
+
+def test_a_frame_longer_than_the_room_waits_for_more_buffers(bench: MakeBench) -> None:
+    b = bench(FULL, buffers=2)
+    frame = random.Random(5).randbytes(20_000)
+    header = Header(NEEDS_CSUM, GSO_TCPV4, 54, 1448, 34, 16)
+    assert b.give(frame, header=header) == 0
+    assert not b.nic.receive()
+    pair = b.nic.pairs[0]
+    for _ in range(4):
+        pair.buffers.append([Piece(b.memory.allocate(4096), 4096, True)])
+    pair.post()
+    assert pair.kicked[0] > 1, "it waits, so it wants to be told"
+    assert b.give(frame, header=header) == 1
+    assert b.nic.receive()[0].frame == frame
+    assert b.drops == 0
 
 
 @pytest.mark.parametrize("features", [PLAIN, FULL], ids=["nothing", "everything"])
@@ -282,7 +312,11 @@ HONEST = 100_000
 def test_a_hundred_thousand_honest_chains_of_every_kind(bench: MakeBench) -> None:
     rng = random.Random(8)
     chains = 0
-    benches = [bench(features, buffers=16, size=64, buffer=2048) for features in SUBSETS.values()]
+    benches = [
+        bench(features, buffers=24, size=64, buffer=2048, spread=spread)
+        for features in SUBSETS.values()
+        for spread in (True, False)
+    ]
     while chains < HONEST:
         b = rng.choice(benches)
         chains += outbound(b, rng, 20) + inbound(b, rng, 20)
