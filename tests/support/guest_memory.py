@@ -66,10 +66,7 @@ class GuestMemory:
     ) -> None:
         self.files: list[int] = []
         self._mapped: list[_Mapped] = []
-        self._used = [0] * len(layout)
-        """Octets given out of each region."""
-        self._free: dict[int, list[int]] = {}
-        self._sizes: dict[int, int] = {}
+        self._layout = layout
         self._spread = spread
         self._turn = 0 if spread else max(range(len(layout)), key=lambda number: layout[number][1])
         at = PAGE if one_file else 0
@@ -83,7 +80,7 @@ class GuestMemory:
             user = USER_BASE + (len(layout) - number) * USER_STEP
             self._mapped.append(_Mapped(Region(address, size, user, at, fd), octets))
             at += size if one_file else 0
-        self._used[0] = PAGE if layout[0][0] == 0 else 0  # address 0 is given to nobody: it says "none"
+        self.forget()
         if sealed:
             self.seal()
 
@@ -138,6 +135,14 @@ class GuestMemory:
         raise IndexError(f"{address:#x} is in no region")
 
     # what is free
+
+    def forget(self) -> None:
+        """Everything is free again."""
+        self._used = [0] * len(self._layout)
+        """Octets given out of each region."""
+        self._used[0] = PAGE if self._layout[0][0] == 0 else 0  # address 0 is given to nobody: it says "none"
+        self._free: dict[int, list[int]] = {}
+        self._sizes: dict[int, int] = {}
 
     def allocate(self, size: int, align: int = 16) -> int:
         """The guest address of `size` octets, zero or as their last user left them; regions take turns."""

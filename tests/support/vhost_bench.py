@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import os
 import socket
-from typing import Any
+from typing import Any, Literal
 
 from netstack.errors import LinkDown
 from netstack.link.vhost_user.link import VhostUserLink
@@ -122,6 +122,13 @@ class Bench:
             offload=self.offload,
         )
         return FrontEnd(ours, self.peer.readable)
+
+    def reconnect(self, like: Literal["qemu", "cloud-hypervisor"] = "qemu") -> None:
+        """The connection ends, and the hypervisor makes a new one to a back-end that knows nothing."""
+        self.nic.front.close()
+        self.peer.readable()
+        assert not self.peer.open and self.link is None
+        self.nic.reconnect(self.connect(), like)
 
     def _appeared(self, link: VhostUserLink) -> None:
         assert self.link is None, "a second link of one device"
