@@ -38,10 +38,11 @@ PROGRAMS: Final = {
     "ethtool": "bin/ethtool",
     "ld-linux-x86-64.so.2": "lib64/ld-linux-x86-64.so.2",
     "libc.so.6": "lib/x86_64-linux-gnu/libc.so.6",
+    "libm.so.6": "lib/x86_64-linux-gnu/libm.so.6",
     "libmnl.so.0": "lib/x86_64-linux-gnu/libmnl.so.0",
 }
 """What is kept of the packages besides the kernel, and where the machine has it."""
-STORED: Final = "machine-2"
+STORED: Final = "machine-3"
 """Another number where something else is to be kept of the packages."""
 DOWNLOAD_S: Final = 300
 

@@ -210,6 +210,8 @@ class Daemon:
         os.close(ready_in_child)
         readable, _, _ = select.select([ready], [], [], LIMIT_S)
         said = os.read(ready, 10) if readable else b"nothing"
+        if said == b"1":
+            os.read(ready, 1)  # the end: the daemon has closed it, and nobody counts it among the descriptors
         os.close(ready)
         if said != b"1":
             self.close()

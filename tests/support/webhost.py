@@ -28,14 +28,20 @@ def digest(octets: int) -> str:
     return hashlib.sha256(content(octets)).hexdigest()
 
 
+@functools.lru_cache(maxsize=4)
+def text(octets: int) -> bytes:
+    """As `content`, of hexadecimal digits only, for clients that take what they post for a text; `octets` is even."""
+    return content(octets // 2).hex().encode()
+
+
 class _Handler(BaseHTTPRequestHandler):
-    """`GET /N`: N octets of `content`. `POST`: the sha256 of what came."""
+    """`GET /N`: N octets of `content`; `GET /text/N`: of `text`. `POST`: the sha256 of what came."""
 
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        body = content(int(self.path.strip("/") or "0"))
-        self._answer(body)
+        *words, octets = self.path.strip("/").split("/")
+        self._answer((text if words else content)(int(octets or "0")))
 
     def do_POST(self) -> None:
         rest, total = int(self.headers["Content-Length"]), hashlib.sha256()
