@@ -65,7 +65,7 @@ class Watch(Protocol):
 
 
 class Room(Protocol):
-    """Room for one frame in the memory of a link's peer. It is used at once, by `sent`, or not at all, by `unused`."""
+    """Room for one frame in the memory of a link's peer. It is used at once, by `sent`, or not at all."""
 
     octets: int
     """For so many octets, headroom included."""
@@ -76,8 +76,8 @@ class Room(Protocol):
         """The headers go to `at` in it; `None` where they lie in pieces, for `write`."""
         ...
 
-    def read(self, source: Any, offset: int, lead: int) -> int | None:
-        """Fill what is behind the first `lead` octets from `offset` of `source` on (`netstack.host.octets`); as its `read`."""
+    def read(self, source: Any, offset: int) -> int | None:
+        """Fill what is behind the headers from `offset` of `source` on (`netstack.host.octets`); as its `read`."""
         ...
 
     def write(self, octets: memoryview) -> None:
@@ -86,10 +86,6 @@ class Room(Protocol):
 
     def sent(self, octets: int) -> None:
         """The frame is there, and has so many octets."""
-        ...
-
-    def unused(self) -> None:
-        """There is no frame."""
         ...
 
 
@@ -110,7 +106,7 @@ class Link(Protocol):
     * `partial_checksums_in: bool`: the same as `partial_checksums` for what arrives, where the two differ.
     * `watch(watch, ready)` and `unwatch()`: it has several descriptors and watches them itself; `fileno` is not watched then.
     * `busy: bool`: look for frames again without being told.
-    * `room(octets, lead, key, native) -> Room | None`: room in the peer's own memory to make one frame in.
+    * `room(octets, lead, key) -> Room | None`: room in the peer's own memory to make one frame in.
     * `publish()`: the round is over; show the peer what was taken and sent.
     """
 

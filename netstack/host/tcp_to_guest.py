@@ -130,7 +130,7 @@ class ToGuest(ToHost):
                     guess = self._bulk
                     if want > guess:
                         want = guess // mss * mss or guess
-                    room = port.room(lead + want, lead, self.key, source.native)
+                    room = port.room(lead + want, lead, self.key)
                     if room is None:
                         if port.alive and not self._waiting:
                             self._waiting = True
@@ -169,14 +169,10 @@ class ToGuest(ToHost):
                 if room is None:
                     count = source.read(offset, payload[:want])
                 else:
-                    count = room.read(source, offset, lead)
+                    count = room.read(source, offset)
             except OSError as error:
-                if room is not None:
-                    room.unused()
                 self._host_failed(error)
                 return
-            if not count and room is not None:
-                room.unused()
             if count is None:
                 self.readable = source.full
                 return

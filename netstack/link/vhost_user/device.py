@@ -117,6 +117,8 @@ class Device:
         self.rings: dict[int, Ring] = {}
         self.broken = ""
         """Why the device has stopped by itself; a driver that starts its rings anew ends that."""
+        self.why = ""
+        """The reason, where rings stop for another one than that the driver stopped them."""
         self._backend_channel = -1
         self._inflight: mmap.mmap | None = None
         self._handlers: dict[int, Callable[[Message, list[int]], bytes | None]] = {
@@ -202,8 +204,9 @@ class Device:
             close_all(descriptors)
         return messages.reply(message.request, messages.U64.pack(status)) if wanted else None
 
-    def close(self) -> None:
+    def close(self, reason: str) -> None:
         """Stop all rings and let go of everything."""
+        self.why = reason
         self._stop_all()
         close_all([self._backend_channel] if self._backend_channel >= 0 else [])
         self._backend_channel = -1

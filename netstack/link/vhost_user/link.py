@@ -27,12 +27,14 @@ from netstack.errors import LinkDown
 from netstack.link.common import ETHERNET_HEADER, LARGEST_FRAME, VLAN_TAG
 from netstack.link.vhost_user import vanish
 from netstack.link.vhost_user.memory import Broken, GuestMemory
-from netstack.link.vhost_user.places import Pieces, Places, note_buffers, scatter
+from netstack.link.vhost_user.places import Place, note_buffers, scatter
 from netstack.link.vhost_user.ring import DESCRIPTOR, WRITE, SplitQueue
 from netstack.observe.metrics import Counters, Drop
 
 BATCH: Final = 64
-"""Frames per `receive` of each queue; they cost no memory of ours."""
+"""Frames per `receive` of each queue, while they are small; they cost no memory of ours."""
+LONG_BATCH: Final = 8
+"""The same while they are long: half a window of TCP, so that the guest goes on while we still send."""
 LOOKS: Final = 4
 """How often room is looked for again because the guest made some meanwhile."""
 SMALL: Final = 512
@@ -135,6 +137,8 @@ class VhostUserLink:
         self._offloads = offloads
         self._counters = counters if counters is not None else Counters()
         self._memory = memory
+        self._most = 1 << 30 if offloads.mergeable else 1
+        """Chains that a frame may fill."""
         self._plain_prefix = bytes(10) + (b"\x01\x00" if self.headroom == 12 else b"")
         self._shortest = self.headroom + ETHERNET_HEADER
         self._longest = self.headroom + self.max_frame
@@ -143,11 +147,11 @@ class VhostUserLink:
         self._ready: Ready = lambda mask: None
         self._watched: dict[int, Ready] = {}
         self._kicks: dict[int, Ready] = {}
-        self._places: list[Places | None] = []
-        self._pieces: list[Pieces] = []
+        self._places: list[Place] = []
         self.on_broken: Callable[[str], None] = lambda reason: None
         """Told once when the guest's rings turn out to be broken, just before `LinkDown`."""
         self._down = ""
+        self._batch = BATCH
         self._steer = bytearray(256)
         """By the low octet of a guest's port: the queue pair of its frames."""
         self._pairs: list[tuple[SplitQueue, SplitQueue]] = []
@@ -159,8 +163,7 @@ class VhostUserLink:
         """These are the queue pairs from now on, the first of them for what belongs to none."""
         self._pairs = list(pairs)
         self._receive = pairs[0][0]
-        self._places = [None] * len(pairs)
-        self._pieces = [Pieces(receive) for receive, _ in pairs]
+        self._places = [Place(receive) for receive, _ in pairs]
         self._transmit = [transmit for _, transmit in pairs]
         self._several = len(pairs) > 1
         self.busy = True
@@ -259,9 +262,9 @@ class VhostUserLink:
         busy = False
         try:
             for number, queue in enumerate(self._transmit):
-                heads = queue.heads(BATCH)
+                heads = queue.heads(self._batch)
                 if not heads and queue.listen(queue.next):
-                    heads = queue.heads(BATCH)
+                    heads = queue.heads(self._batch)
                 if heads:
                     busy = True
                     queue.hush()
@@ -270,6 +273,7 @@ class VhostUserLink:
         except Broken as error:
             self._break(error)
         self.busy = busy
+        self._batch = LONG_BATCH if found and not isinstance(found[-1], memoryview) else BATCH
         self.taken += len(found)
         return found
 
@@ -391,15 +395,14 @@ class VhostUserLink:
 
     def _put(self, queue: SplitQueue, frame: bytes | bytearray | memoryview) -> bool:
         octets = len(frame)
-        most = 1 << 30 if self._offloads.mergeable else 1
+        most = self._most
         for _ in range(queue.size + LOOKS):
-            views = queue.gather(octets, most)
-            room = sum(map(len, views))
+            room = queue.gather(octets, most)
             if room >= octets:
                 break
             if room < self._shortest and queue.taken_heads and most == 1:
                 queue.use(queue.taken_heads, [], 0)  # a chain that is too short for any frame
-            elif views and (most == 1 or len(queue.taken_heads) == queue.size):
+            elif room and (most == 1 or len(queue.taken_heads) == queue.size):
                 self._counters.drops[Drop.FRAME_LONG] += 1  # the guest leaves no room for such a frame
                 return True
             elif not queue.listen(queue.seen):
@@ -408,32 +411,24 @@ class VhostUserLink:
                 queue.waiting()
         else:
             return False
-        scatter(memoryview(frame), views)
+        scatter(memoryview(frame), queue.views)
         count = queue.commit(octets)
         if count > 1:
-            note_buffers(views, count)
+            note_buffers(queue.views, count)
         return True
 
-    def room(self, octets: int, lead: int, key: bytes, native: bool) -> Places | Pieces | None:
+    def room(self, octets: int, lead: int, key: bytes) -> Place | None:
         """Room in the guest's buffers for a frame of up to `octets` octets with its headroom, perhaps for fewer, of which the first
-        `lead` are headers; None when there is none just now. `key` is the flow's: addresses and ports of the guest's own frames.
-        `native`: it will be filled from a socket of the kernel's."""
-        number = self._steer[key[9]] % len(self._pairs) if self._several else 0
+        `lead` are headers; None when there is none just now. `key` is the flow's: addresses and ports of the guest's own frames."""
+        place = self._places[self._steer[key[9]] % len(self._pairs) if self._several else 0]
+        queue, most = place.queue, self._most
         try:
-            if native and self._offloads.mergeable:
-                places = self._places[number]
-                if places is None:
-                    places = self._places[number] = Places(self._pairs[number][0], self._memory)
-                if places.find(octets, lead):
-                    return places
-            pieces = self._pieces[number]
-            most = 1 << 30 if self._offloads.mergeable else 1
             for _ in range(LOOKS):
-                if pieces.find(octets, lead, most):
-                    return pieces
-                if not pieces.queue.listen(pieces.queue.seen):
+                if place.find(octets, lead, most):
+                    return place
+                if not queue.listen(queue.seen):
                     break
-                pieces.queue.waiting()
+                queue.waiting()
         except Broken as error:
             self._break(error)
         return None

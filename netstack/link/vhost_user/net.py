@@ -156,7 +156,7 @@ class NetDevice(Device):
             if link is not None:
                 self.link = None
                 link.publish()
-                self._gone(link, self.broken or "the guest's driver stopped the device")
+                self._gone(link, self.broken or self.why or "the guest's driver stopped the device")
             return
         queues = [(receive.queue, transmit.queue) for receive, transmit in pairs]
         running = [(one, other) for one, other in queues if one is not None and other is not None]

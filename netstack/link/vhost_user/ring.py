@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import os
 from array import array
-from itertools import accumulate
 from struct import Struct
 from typing import Final
 
@@ -62,7 +61,6 @@ class SplitQueue:
         "_used",
         "_used_head",
         "_with_event",
-        "available",
         "call",
         "calls",
         "descriptors",
@@ -76,6 +74,7 @@ class SplitQueue:
         "size",
         "taken_heads",
         "taken_lens",
+        "views",
     )
 
     def __init__(
@@ -101,6 +100,7 @@ class SplitQueue:
         self.done: list[int] = []
         """Heads that are used up and not shown to the driver yet; not empty: `publish` has something to do."""
         self._lens: list[int] = []
+        self.views: list[memoryview] = []
         self.taken_heads: list[int] = []
         self.taken_lens: list[int] = []
         """What `gather` found and `commit` has not used yet."""
@@ -113,8 +113,7 @@ class SplitQueue:
     def _map(self, memory: GuestMemory) -> None:
         at, size = self._addresses, self.size
         self.descriptors = memory.at_user_address(at.descriptors, 16 * size)
-        self.available = memory.at_user_address(at.available, 6 + 2 * size)
-        self._available = self.available.cast("H")
+        self._available = memory.at_user_address(at.available, 6 + 2 * size).cast("H")
         used = memory.at_user_address(at.used, 6 + 8 * size)
         self._used_head = used[:4].cast("H")
         self._used = used[4 : 4 + 8 * size].cast("I")
@@ -197,40 +196,52 @@ class SplitQueue:
         return written if writable else readable
 
     def chain(self, head: int) -> tuple[list[memoryview], list[memoryview]]:
-        """What of a chain is for the device to read, and what for it to write."""
+        """What of a chain is for the device to read, and what for it to write. All of it is looked at, used or not: a driver that
+        makes bad chains is stopped at the first one."""
         table: memoryview | bytes = self.descriptors
-        count = self.size
-        pieces = self._memory.pieces
+        low, high, region = self.low, self.high, self.region
+        unpack = _unpack
+        entries = self.size
+        left = entries
+        """How many descriptors there may be yet."""
         readable: list[memoryview] = []
         written: list[memoryview] = []
         index = head
-        for _ in range(MAX_SIZE):
-            address, octets, flags, following = _unpack(table, index << 4)
+        while True:
+            address, octets, flags, following = unpack(table, index << 4)
             if flags & INDIRECT:
-                if table is not self.descriptors or not self._indirect or flags & NEXT:
-                    raise Broken(f"ring {self.number}: an indirect descriptor where none may be")
-                if octets & 15 or not 0 < octets <= MAX_TABLE * 16:
-                    raise Broken(f"ring {self.number}: an indirect table of {octets} octets")
-                table = b"".join(pieces(address, octets))
-                count = octets >> 4
+                table = self._indirect_table(address, octets, flags, table)
+                left = entries = octets >> 4
                 index = 0
                 continue
             if octets:
                 if flags & WRITE:
-                    written += pieces(address, octets)
+                    found = written
                 elif written:
                     raise Broken(f"ring {self.number}: a descriptor to read behind one to write")
                 else:
-                    readable += pieces(address, octets)
+                    found = readable
+                if low <= address and address + octets <= high:
+                    found.append(region[address - low : address - low + octets])
+                else:
+                    found += self._memory.pieces(address, octets)
             if not flags & NEXT:
                 return readable, written
-            count -= 1
-            if not count:
+            left -= 1
+            if not left:
                 raise Broken(f"ring {self.number}: a chain of more descriptors than there are")
             index = following
-            if index << 4 >= len(table):
-                raise Broken(f"ring {self.number}: descriptor {index} of {len(table) >> 4} in a chain")
-        raise Broken(f"ring {self.number}: an endless chain")
+            if index >= entries:
+                raise Broken(f"ring {self.number}: descriptor {index} of {entries} in a chain")
+
+    def _indirect_table(self, address: int, octets: int, flags: int, table: memoryview | bytes) -> bytes:
+        """A copy of the table that an indirect descriptor names."""
+        if table is not self.descriptors or not self._indirect or flags & NEXT:
+            raise Broken(f"ring {self.number}: an indirect descriptor where none may be")
+        if octets & 15 or not 0 < octets <= MAX_TABLE * 16:
+            raise Broken(f"ring {self.number}: an indirect table of {octets} octets")
+        pieces = self._memory.pieces(address, octets)
+        return bytes(pieces[0]) if len(pieces) == 1 else b"".join(pieces)
 
     def first(self) -> int:
         """The head of the next chain, which stays available. There must be one (`seen`, `waiting`)."""
@@ -241,25 +252,23 @@ class SplitQueue:
 
     # Room to write into, for frames over several buffers.
 
-    def gather(self, octets: int, most: int = 1 << 30) -> list[memoryview]:
-        """Views of at least `octets` octets, from at most `most` chains; fewer octets when there is no more. Nothing is taken
-        until `commit`."""
+    def gather(self, octets: int, most: int = 1 << 30) -> int:
+        """Look for `octets` octets of room in at most `most` of the next chains. How many there are, perhaps fewer, perhaps more;
+        they are in `views`. Nothing is taken until `commit`."""
         available, descriptors, mask, size = self._available, self.descriptors, self._mask, self.size
         low, high, region = self.low, self.high, self.region
+        unpack = _unpack
         heads: list[int] = []
         lens: list[int] = []
         views: list[memoryview] = []
         at = self.next
         left = (self.seen - at) & 0xFFFF or self.waiting()
-        while octets > 0 and most:
-            if not left:
-                left = self.waiting() - len(heads)
-                if left <= 0:
-                    break
+        found = 0
+        while left and most:
             head = available[(at & mask) + 2]
             if head >= size:
                 raise Broken(f"ring {self.number}: descriptor {head} of {size} was made available")
-            address, length, flags, _ = _unpack(descriptors, head << 4)
+            address, length, flags, _ = unpack(descriptors, head << 4)
             if flags == WRITE and low <= address and address + length <= high and length:
                 views.append(region[address - low : address - low + length])
             else:
@@ -268,23 +277,28 @@ class SplitQueue:
                 views += chain
             heads.append(head)
             lens.append(length)
-            octets -= length
+            found += length
+            if found >= octets:
+                break
             at += 1
-            left -= 1
             most -= 1
+            left -= 1
+            if not left:
+                left = self.waiting() - len(heads)
+        self.views = views
         self.taken_heads = heads
         self.taken_lens = lens
-        return views
+        return found
 
     def commit(self, octets: int) -> int:
         """Use up as many of the gathered chains as `octets` octets fill; returns how many."""
         heads, lens = self.taken_heads, self.taken_lens
-        count = 0
-        for total in accumulate(lens):
-            count += 1
-            if total >= octets:
-                break
-        self.use(heads[:count], lens[: count - 1], octets - sum(lens[: count - 1]))
+        count = len(heads)
+        before = sum(lens) - lens[-1]
+        while octets <= before and count > 1:
+            count -= 1
+            before -= lens[count - 1]
+        self.use(heads[:count], lens[: count - 1], octets - before)
         return count
 
     def use(self, heads: list[int], lens: list[int], last: int) -> None:

@@ -140,7 +140,7 @@ class VhostUserPeer:
         self.open = False
         if self._loop is not None:
             self._loop.remove_reader(self._sock.fileno())
-        self.device.close()
+        self.device.close(reason)
         close_all(self._descriptors)
         self._descriptors = []
         self._sock.close()
