@@ -1,8 +1,8 @@
 """Fuzz targets (testing.md section 4): each is a function of a seeded random source that raises when a property breaks.
 
 Z1 wire parsers; Z2 the whole stack, with checksums put right or not; Z4 the reassembler and Z5 the receiver against
-brute-force models; beside this module Z8 `streams`, Z9 `names`, Z10 `services` (without IPv6), Z12 `texts`. Structured rather
-than blind: a frame is built right and then bent, since noise dies at the first check.
+brute-force models; beside this module Z6 and Z7 `shared_rings`, Z8 `streams`, Z9 `names`, Z10 `services` (without IPv6), Z12
+`texts`. Structured rather than blind: a frame is built right and then bent, since noise dies at the first check.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from netstack.wire import arp, dhcp, ethernet, icmp, ipv4, tcp, udp
 from tests.fuzz.bend import spoil
 from tests.fuzz.names import z9_names
 from tests.fuzz.services import z10_services
+from tests.fuzz.shared_rings import z6_rings, z7_messages
 from tests.fuzz.streams import z8_streams
 from tests.fuzz.texts import z12_texts
 from tests.support import packets
@@ -472,6 +473,8 @@ TARGETS: dict[str, Callable[[random.Random], None]] = {
     "z2_stack": z2_stack,
     "z4_fragments": z4_fragments,
     "z5_receiver": z5_receiver,
+    "z6_rings": z6_rings,
+    "z7_messages": z7_messages,
     "z8_streams": z8_streams,
     "z9_names": z9_names,
     "z10_services": z10_services,

@@ -14,6 +14,8 @@ CASES = {
     "z2_stack": 120,
     "z4_fragments": 1500,
     "z5_receiver": 150,
+    "z6_rings": 400,
+    "z7_messages": 60,
     "z8_streams": 250,
     "z9_names": 3000,
     "z10_services": 400,
@@ -22,7 +24,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_g13_z1_z2_z4_z5_z8_z9_z10_z12_fuzz_targets_hold(target: str) -> None:
+def test_g13_z1_z2_z4_z5_z6_z7_z8_z9_z10_z12_fuzz_targets_hold(target: str) -> None:
     for seed in range(CASES[target]):
         try:
             TARGETS[target](random.Random(seed))

@@ -66,7 +66,11 @@ class GuestMemory:
     ) -> None:
         self.files: list[int] = []
         self._mapped: list[_Mapped] = []
-        self._layout = layout
+        # Octets given out of each region. Address 0 is given to nobody: it says "none".
+        self._used = [PAGE if address == 0 else 0 for address, _size in layout]
+        self._kept = list(self._used)
+        self._free: dict[int, list[int]] = {}
+        self._sizes: dict[int, int] = {}
         self._spread = spread
         self._turn = 0 if spread else max(range(len(layout)), key=lambda number: layout[number][1])
         at = PAGE if one_file else 0
@@ -80,7 +84,6 @@ class GuestMemory:
             user = USER_BASE + (len(layout) - number) * USER_STEP
             self._mapped.append(_Mapped(Region(address, size, user, at, fd), octets))
             at += size if one_file else 0
-        self.forget()
         if sealed:
             self.seal()
 
@@ -136,13 +139,15 @@ class GuestMemory:
 
     # what is free
 
+    def keep(self) -> None:
+        """What is given out now stays so when the rest is forgotten."""
+        self._kept = list(self._used)
+
     def forget(self) -> None:
-        """Everything is free again."""
-        self._used = [0] * len(self._layout)
-        """Octets given out of each region."""
-        self._used[0] = PAGE if self._layout[0][0] == 0 else 0  # address 0 is given to nobody: it says "none"
-        self._free: dict[int, list[int]] = {}
-        self._sizes: dict[int, int] = {}
+        """Everything that is not kept is free again."""
+        self._used = list(self._kept)
+        self._free = {}
+        self._sizes = {}
 
     def allocate(self, size: int, align: int = 16) -> int:
         """The guest address of `size` octets, zero or as their last user left them; regions take turns."""

@@ -128,7 +128,7 @@ def over_the_rings(rng: random.Random, h: Hostile) -> Expected:
 
 def all_over_the_same_memory(rng: random.Random, h: Hostile) -> Expected:
     address = h.memory.allocate(4096)
-    pieces = [Piece(address, 4096, True)] * min(h.rx.room, 17)
+    pieces = [Piece(address, 4096, True)] * max(min(h.rx.room, 17), 1)
     chain = h.describe(rng, h.rx, pieces, b"", None)
     chain.pieces = pieces[:1]
     return h.post(chain, *ANY, disorder=True)

@@ -72,7 +72,7 @@ def loop(rng: random.Random, h: Hostile) -> Expected:
 def whole_ring_in_a_circle(rng: random.Random, h: Hostile) -> Expected:
     """As long as the ring, then from the start: the most that a device may have to read before it knows."""
     queue = h.tx
-    indexes = queue.take(queue.room)
+    indexes = queue.take(max(queue.room, 1))
     rng.shuffle(indexes)
     address = h.memory.allocate(4096)
     for number, index in enumerate(indexes):
@@ -83,7 +83,7 @@ def whole_ring_in_a_circle(rng: random.Random, h: Hostile) -> Expected:
 
 def more_pieces_than_the_ring(rng: random.Random, h: Hostile) -> Expected:
     """In a table, without a loop (virtio 1.2, 2.7.5.3.1 forbids it to the driver)."""
-    count = h.tx.size + rng.randrange(1, 64)
+    count = max(h.tx.size, 26) + rng.randrange(1, 64)
     address = h.memory.allocate(16)
     pieces = [Piece(address, 1, False)] * count
     h.memory.write(address, b"\0")

@@ -279,11 +279,13 @@ class Nic:
         self.start(bases=bases)
 
     def close(self) -> None:
-        """The hypervisor ends."""
+        """The hypervisor ends; harmless when repeated."""
         self.front.close()
         for pair in self.pairs:
             pair.close()
-        os.close(self.errors)
+        if self.errors >= 0:
+            os.close(self.errors)
+            self.errors = -1
         if self._inflight is not None:
             os.close(self._inflight[2])
             self._inflight = None
