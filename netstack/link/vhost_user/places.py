@@ -14,6 +14,8 @@ from typing import Any, Final
 from netstack.link.vhost_user.ring import SplitQueue
 
 _buffers_into: Final = Struct("<H").pack_into
+SHOWN: Final = 2
+"""The part of a ring that is used up before the guest is shown it in the middle of a round, so that it works while we do."""
 BUFFERS_AT: Final = 10
 """Where `num_buffers` is in a virtio-net header of 12 octets."""
 
@@ -74,6 +76,8 @@ class Place:
         count = queue.commit(octets)
         if count > 1:
             note_buffers(queue.views, count)
+            if len(queue.done) >= queue.size // SHOWN:
+                queue.publish()
 
 
 def without(views: list[memoryview], octets: int) -> list[memoryview]:
