@@ -155,7 +155,10 @@ def parser() -> argparse.ArgumentParser:
     add_settings(shell, NOT_IN_SHELL)
     shell.add_argument("command", nargs=argparse.REMAINDER, metavar="CMD", help="what to run; default: $SHELL")
 
-    command("demo", "a minute's tour of everything, without a VM and without root")
+    demo = command("demo", "a minute's tour of everything, without a VM and without root")
+    demo.add_argument(
+        "--vm", action="store_true", help="with a virtual machine of QEMU's: boots Debian's kernel (x86-64)"
+    )
 
     check = command("check-config", "look a settings file over")
     check.add_argument("file", metavar="FILE")

@@ -4,7 +4,8 @@
                     └────── JSON over a socket pair ──────┘                └────── JSON over a socket pair ──────┘
 
 Three processes, as in real life: what the ends do does not slow the stack down. Each step either says what it found or ends
-as failed; the exit status is 0 only if every step worked. With no terminal the same comes as plain lines.
+as failed; the exit status is 0 only if every step worked. With no terminal the same comes as plain lines. `--vm` shows the same
+with a machine (`pyvpnkit.demo_vm`).
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from netstack.errors import HostError, NetstackError
+from netstack.link.spec import LinkSpec
 from netstack.settings import Network
 from portfwd.spec import PublishSpec
 from pyvpnkit.config import CaptureSettings, Settings
@@ -52,6 +54,12 @@ LINKS: Final = {"tap": "TAP with offloads", "packet": "veth and packet socket wi
 
 class Failed(Exception):
     """A step did not show what it should; the text says what it showed."""
+
+
+class Asked(Protocol):
+    """Who carries out the commands of `pyvpnkit.demo_worker`."""
+
+    async def __call__(self, do: str, **arguments: Any) -> Any: ...
 
 
 class Worker:
@@ -113,19 +121,13 @@ class HostWorker(Worker):
 
 def main(parsed: argparse.Namespace) -> int:
     """Give the tour; 0 if all of it worked. Raises `HostError` where there cannot be a guest."""
+    if parsed.vm:
+        from pyvpnkit import demo_vm
+
+        return demo_vm.main()
     need_linux()
-    try:
-        fd, capture = tempfile.mkstemp(prefix="pyvpnkit-demo-", suffix=".pcapng")
-    except OSError as error:
-        raise HostError(
-            f"the capture cannot be written: {error.strerror}; set TMPDIR to a directory that can"
-        ) from None
-    os.close(fd)
-    settings = Settings(
-        network=Network(),
-        publish=(PublishSpec(port=0, guest_port=GUEST_PORT),),
-        capture=CaptureSettings(file=capture, size=CAPTURE_LIMIT, files=1, snaplen=SNAPLEN),
-    )
+    capture = capture_file()
+    settings = settings_for(capture)
     worker = Worker()
     try:
         with HostWorker() as host:
@@ -142,63 +144,93 @@ def main(parsed: argparse.Namespace) -> int:
         worker.close()
 
 
-async def _run(settings: Settings, host: Worker, worker: Worker, guest: Guest) -> int:
+def capture_file() -> str:
+    """A new file for the capture. Raises `HostError`."""
+    try:
+        fd, capture = tempfile.mkstemp(prefix="pyvpnkit-demo-", suffix=".pcapng")
+    except OSError as error:
+        raise HostError(
+            f"the capture cannot be written: {error.strerror}; set TMPDIR to a directory that can"
+        ) from None
+    os.close(fd)
+    return capture
+
+
+def settings_for(capture: str, links: tuple[LinkSpec, ...] = ()) -> Settings:
+    """Of the network that is shown."""
+    return Settings(
+        links=links,
+        network=Network(),
+        publish=(PublishSpec(port=0, guest_port=GUEST_PORT),),
+        capture=CaptureSettings(file=capture, size=CAPTURE_LIMIT, files=1, snaplen=SNAPLEN),
+    )
+
+
+def console_here() -> Console:
+    """A terminal's, or one for plain lines."""
     from rich.console import Console
 
+    console = Console(highlight=False, soft_wrap=True)
+    return console if console.is_terminal else Console(highlight=False, soft_wrap=True, width=120)
+
+
+async def _run(settings: Settings, host: Worker, worker: Worker, guest: Guest) -> int:
     from pyvpnkit.service import Service
 
-    console = Console(highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console = Console(highlight=False, soft_wrap=True, width=120)
+    console = console_here()
     async with Service(settings) as service:
         service.attach(guest.link)
         tour = Tour(console, service, host, worker, guest)
-        failed = await tour.run()
-    console.print()
-    if failed:
-        console.print(f"Failed: {', '.join(failed)}", style="bold red")
-        return 1
-    console.print("All of it worked. Yours to try: pyvpnkit shell", style="bold")
-    return 0
+        await tour.run()
+    return tour.conclusion("pyvpnkit shell")
 
 
-class Tour:
-    """The steps, and what is shown of them."""
+class Steps:
+    """The steps that there are with every guest, and what is shown of them. `host` and `worker` are asked as `Worker` is."""
 
-    def __init__(self, console: Console, service: Service, host: Worker, worker: Worker, guest: Guest) -> None:
+    title = ""
+
+    def __init__(self, console: Console, service: Service, host: Asked, worker: Asked) -> None:
         self._console = console
         self._service = service
         self._network = service.settings.network
         self._host = host
         self._worker = worker
-        self._guest = guest
-        self._lease: Lease | None = None
         self.failed: list[str] = []
         """Names of the steps that did not work."""
 
-    async def run(self) -> list[str]:
-        """All steps; returns the names of those that failed."""
-        self._console.print("The network of a guest, all of it made by one process of this user", style="bold")
+    def begin(self) -> None:
+        self._console.print(self.title, style="bold")
         self._console.print()
-        await self.step("guest", self._show_guest)
-        if await self.step("lease", self._show_lease):
-            await self.step("names", self._show_names)
-            await self.step("ping", self._show_ping)
-            await self.step("page", self._show_page)
-            await self.step("published", self._show_published)
-            await self.step("upload", self._show_upload)
-            await self.step("download", self._show_download)
-            await self.step("counters", self._show_counters)
-            await self.step("capture", self._show_capture)
-        return self.failed
 
-    async def step(self, name: str, show: Callable[[], Awaitable[str]]) -> bool:
+    async def all_else(self, limit_s: float | None = None) -> None:
+        """The steps of a guest that has a lease."""
+        await self.step("names", self._show_names, limit_s)
+        await self.step("ping", self._show_ping, limit_s)
+        await self.step("page", self._show_page, limit_s)
+        await self.step("published", self._show_published, limit_s)
+        await self.step("upload", self._show_upload, limit_s)
+        await self.step("download", self._show_download, limit_s)
+        await self.step("counters", self._show_counters, limit_s)
+        await self.step("capture", self._show_capture, limit_s)
+
+    def conclusion(self, next_command: str) -> int:
+        """The last words, and the exit status."""
+        self._console.print()
+        if self.failed:
+            self._console.print(f"Failed: {', '.join(self.failed)}", style="bold red")
+            return 1
+        self._console.print(f"All of it worked. Yours to try: {next_command}", style="bold")
+        return 0
+
+    async def step(self, name: str, show: Callable[[], Awaitable[str]], limit_s: float | None = None) -> bool:
         """One step; whether it worked."""
+        limit_s = STEP_S if limit_s is None else limit_s
         try:
-            async with asyncio.timeout(STEP_S):
+            async with asyncio.timeout(limit_s):
                 text = await show()
         except (Failed, OSError, NetstackError) as error:  # TimeoutError is an OSError
-            text = f"took more than {STEP_S:g} s" if isinstance(error, TimeoutError) else str(error)
+            text = f"took more than {limit_s:g} s" if isinstance(error, TimeoutError) else str(error)
             self.failed.append(name)
             self._line("[bold red]FAILED[/]", name, text)
             return False
@@ -213,20 +245,6 @@ class Tour:
         self._console.print(f"{mark}{blanks}[bold]{name:<10}[/] {escape(text)}")
 
     # The steps.
-
-    async def _show_guest(self) -> str:
-        who = "root" if os.geteuid() == 0 else f"user {os.geteuid()}, who is root in there"
-        return f"processes in network and mount namespaces of {who}; link: {LINKS[self._guest.kind]}"
-
-    async def _show_lease(self) -> str:
-        began = time.monotonic()
-        lease = self._lease = await self._guest.lease()
-        if lease is None:
-            raise Failed("the guest died before it had one")
-        return (
-            f"{lease.interface} router {lease.router} DNS {', '.join(lease.dns)} MTU {lease.mtu}"
-            f" domain {lease.domain}, for {lease.lease_s // 3600} h, in {(time.monotonic() - began) * 1000:.0f} ms"
-        )
 
     async def _show_names(self) -> str:
         alias = self._network.host_alias
@@ -331,6 +349,38 @@ class Tour:
         )
 
 
+class Tour(Steps):
+    """With a guest in a namespace."""
+
+    title = "The network of a guest, all of it made by one process of this user"
+
+    def __init__(self, console: Console, service: Service, host: Asked, worker: Asked, guest: Guest) -> None:
+        super().__init__(console, service, host, worker)
+        self._guest = guest
+        self._lease: Lease | None = None
+
+    async def run(self) -> None:
+        """All steps."""
+        self.begin()
+        await self.step("guest", self._show_guest)
+        if await self.step("lease", self._show_lease):
+            await self.all_else()
+
+    async def _show_guest(self) -> str:
+        who = "root" if os.geteuid() == 0 else f"user {os.geteuid()}, who is root in there"
+        return f"processes in network and mount namespaces of {who}; link: {LINKS[self._guest.kind]}"
+
+    async def _show_lease(self) -> str:
+        began = time.monotonic()
+        lease = self._lease = await self._guest.lease()
+        if lease is None:
+            raise Failed("the guest died before it had one")
+        return (
+            f"{lease.interface} router {lease.router} DNS {', '.join(lease.dns)} MTU {lease.mtu}"
+            f" domain {lease.domain}, for {lease.lease_s // 3600} h, in {(time.monotonic() - began) * 1000:.0f} ms"
+        )
+
+
 class FlowTable:
     """The flows of this moment; rates are since the table before."""
 
@@ -418,4 +468,4 @@ def directions(path: Path, octets: int) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(argparse.Namespace()))
+    sys.exit(main(argparse.Namespace(vm=False)))
