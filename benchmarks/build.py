@@ -1,4 +1,4 @@
-"""The native load generator and the bridges, compiled when their source is newer than the program."""
+"""The native load generators and the bridges, compiled when their source is newer than the program."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 NATIVE = Path(__file__).resolve().parent / "native"
-PROGRAMS = ("netload", "framebridge", "ringbridge")
+PROGRAMS = ("netload", "framebridge", "ringbridge", "ringload")
 
 
 class SetupError(Exception):
@@ -18,7 +18,8 @@ class SetupError(Exception):
 def build(name: str) -> Path:
     """Path of the program `name` (one of `PROGRAMS`), compiled with `$CC` or `cc`. Raises `SetupError`."""
     source, program = NATIVE / f"{name}.c", NATIVE / "bin" / name
-    if program.exists() and program.stat().st_mtime > source.stat().st_mtime:
+    changed = max(path.stat().st_mtime for path in (source, *NATIVE.glob("*.h")))
+    if program.exists() and program.stat().st_mtime > changed:
         return program
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
@@ -27,7 +28,7 @@ def build(name: str) -> Path:
         )
     program.parent.mkdir(exist_ok=True)
     fresh = program.with_name(f"{name}.{os.getpid()}")
-    command = [compiler, "-O2", "-std=gnu11", "-Wall", "-Wextra", "-o", str(fresh), str(source)]
+    command = [compiler, "-O2", "-std=gnu11", "-Wall", "-Wextra", "-pthread", "-o", str(fresh), str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise SetupError(f"{' '.join(command)} failed:\n{done.stderr}")

@@ -11,13 +11,13 @@ import contextlib
 import json
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from benchmarks.build import SetupError, build
-from benchmarks.guests import Guest
+from benchmarks.guests import Guest, Servers
 from benchmarks.namespaces import HostNamespace
 from benchmarks.processes import Cpu, end
 
@@ -37,9 +37,7 @@ class Conditions:
     host: HostNamespace
     directory: Path
     seconds: float
-    port: int
-    """Of the load generator's server, TCP and UDP."""
-    iperf_port: int
+    servers: Servers
     idle_s: float = 5.0
     flows: int = IDLE_FLOWS
 
@@ -59,6 +57,7 @@ class Case:
     name: str
     run: Callable[[Guest, Conditions], Metrics]
     fresh: bool = False
+    bulk: bool = False
     needs_backend: bool = False
     needs_dhcp: bool = False
     help: str
@@ -108,10 +107,11 @@ def with_kicks(guest: Guest, run: Callable[[], Result]) -> tuple[Result, Metrics
     before = guest.counters()
     result = run()
     after = guest.counters()
-    if not before:
-        return result, {}
-    frames, kicks = (after[name] - before[name] for name in ("frames_out", "kicks_out"))
-    return result, {"frames_per_kick": frames / max(kicks, 1)}
+    return result, frames_per_kick({name: after[name] - before[name] for name in after})
+
+
+def frames_per_kick(counted: Mapping[str, int]) -> Metrics:
+    return {"frames_per_kick": counted["frames_out"] / max(counted["kicks_out"], 1)} if counted else {}
 
 
 def netload(guest: Guest, verb: str, where: str, port: int, *arguments: object, limit_s: float) -> dict[str, Any]:
@@ -121,11 +121,7 @@ def netload(guest: Guest, verb: str, where: str, port: int, *arguments: object, 
 
 def tcp(streams: int, down: bool) -> Callable[[Guest, Conditions], Metrics]:
     def run(guest: Guest, at: Conditions) -> Metrics:
-        # Whole seconds are all that this version of iperf3 takes.
-        options = ["-t", str(max(1, round(at.seconds))), "-P", str(streams), "-C", "cubic", "-J"]
-        command = guest.inside(
-            "iperf3", "-c", guest.server, "-p", str(at.iperf_port), *options, *(["-R"] if down else [])
-        )
+        command = guest.bulk(at.servers, streams=streams, down=down, seconds=at.seconds)
 
         def transfer() -> dict[str, Any]:
             for _ in range(20):
@@ -135,13 +131,14 @@ def tcp(streams: int, down: bool) -> Callable[[Guest, Conditions], Metrics]:
             raise CaseFailed("the server stayed busy")
 
         (report, cpu), kicks = with_kicks(guest, lambda: with_cpu(guest, transfer))
-        total = report["end"]["sum_received"]
+        moved = guest.moved(report)
         memory = {"rss_mib": guest.rss_mib()} if guest.measured else {}
         return {
-            "gbit_s": total["bits_per_second"] / 1e9,
-            **cost(cpu, "cpu_s_per_gib", total["bytes"] / GIB),
+            "gbit_s": moved.bits_per_second / 1e9,
+            **cost(cpu, "cpu_s_per_gib", moved.octets / GIB),
             **memory,
             **kicks,
+            **frames_per_kick(moved.counters),
         }
 
     return run
@@ -150,7 +147,9 @@ def tcp(streams: int, down: bool) -> Callable[[Guest, Conditions], Metrics]:
 def operations(verb: str, connections: int) -> Callable[[Guest, Conditions], Metrics]:
     def run(guest: Guest, at: Conditions) -> Metrics:
         def load() -> dict[str, Any]:
-            return netload(guest, verb, guest.server, at.port, connections, at.seconds, limit_s=at.seconds + 20)
+            return netload(
+                guest, verb, guest.server, at.servers.netload, connections, at.seconds, limit_s=at.seconds + 20
+            )
 
         (report, cpu), kicks = with_kicks(guest, lambda: with_cpu(guest, load))
         if not report["operations"]:
@@ -166,7 +165,7 @@ def udp(size: int, down: bool) -> Callable[[Guest, Conditions], Metrics]:
         def send(rate: int) -> dict[str, Any]:
             verb = "udp-down" if down else "udp-up"
             limit_s = at.seconds + 20
-            return netload(guest, verb, guest.server, at.port, size, rate, at.seconds, limit_s=limit_s)
+            return netload(guest, verb, guest.server, at.servers.netload, size, rate, at.seconds, limit_s=limit_s)
 
         paced, cpu = with_cpu(guest, lambda: send(PACED_RATE))
         flood = send(0)
@@ -225,7 +224,7 @@ def idle_flows(guest: Guest, at: Conditions) -> Metrics:
     guest.start()
     wait_reachable(guest, at)
     before = guest.rss_mib()
-    command = guest.inside(str(build("netload")), "idle", guest.server, str(at.port), str(at.flows), "30")
+    command = guest.inside(str(build("netload")), "idle", guest.server, str(at.servers.netload), str(at.flows), "30")
     holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert holder.stdin is not None and holder.stdout is not None
     try:
@@ -253,7 +252,7 @@ def idle_flows(guest: Guest, at: Conditions) -> Metrics:
 def wait_reachable(guest: Guest, at: Conditions, limit_s: float = 15.0) -> None:
     """Until the guest gets an octet echoed by the server on the host; raises `SetupError`."""
     try:
-        netload(guest, "probe", guest.server, at.port, limit_s, limit_s=limit_s + 5)
+        client(guest.probe(at.servers, limit_s), limit_s + 5)
     except CaseFailed as error:
         raise SetupError(f"{guest.label}: {error}\n{guest.log_tail() if guest.measured else ''}") from None
 
@@ -264,7 +263,7 @@ def _cases() -> dict[str, Case]:
         for streams in (1, 4):
             text = f"TCP bulk, {streams} stream{'s' * (streams > 1)}, {_words(direction)}"
             name = f"tcp_{direction}_{streams}"
-            cases.append(Case(name=name, run=tcp(streams, direction == "down"), help=text))
+            cases.append(Case(name=name, run=tcp(streams, direction == "down"), bulk=True, help=text))
     for verb, connections, text in (
         ("rr", 1, "one-octet request/response, 1 connection"),
         ("rr", 16, "the same, 16 connections"),

@@ -18,8 +18,10 @@ import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.build import SetupError, build
 from benchmarks.namespaces import HostNamespace, Namespace
@@ -27,6 +29,25 @@ from benchmarks.processes import Cpu, end, tree_cpu_seconds, tree_rss_mib
 
 ROOT = Path(__file__).resolve().parent.parent
 JUMBO = 65520
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Servers:
+    """Ports of the servers on the host."""
+
+    netload: int
+    iperf3: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moved:
+    """What a bulk transfer amounted to."""
+
+    bits_per_second: float
+    octets: float
+    """From the first to the last; what CPU is charged to."""
+    counters: Mapping[str, int]
+    """As `Guest.counters`, of this transfer, where the client itself is the network card."""
 
 
 class Guest(ABC):
@@ -38,6 +59,8 @@ class Guest(ABC):
     resolver: str
     """Where the guest asks for names; the answers come from the run's own server on the host."""
     offers_dhcp = False
+    only_bulk = False
+    """Nothing but TCP bulk can be run in it."""
     interface = "eth0"
     """Of the guest."""
 
@@ -85,6 +108,29 @@ class Guest(ABC):
     def dhcp_client(self, seconds: float) -> list[str]:
         """The command line that prints when the first DHCP offer came; started before `launch`."""
         return self.inside(str(build("netload")), "dhcp-tap", self.interface, str(seconds))
+
+    def probe(self, servers: Servers, limit_s: float) -> list[str]:
+        """The command line that ends well once the guest got an answer of the server on the host."""
+        return self.inside(str(build("netload")), "probe", self.server, str(servers.netload), str(limit_s))
+
+    def bulk(self, servers: Servers, *, streams: int, down: bool, seconds: float) -> list[str]:
+        """The command line that moves octets over TCP, from the host when `down`, and prints JSON for `moved`."""
+        # Whole seconds are all that this version of iperf3 takes.
+        options = [
+            "-t",
+            str(max(1, round(seconds))),
+            "-P",
+            str(streams),
+            "-C",
+            "cubic",
+            "-J",
+            *(["-R"] if down else []),
+        ]
+        return self.inside("iperf3", "-c", self.server, "-p", str(servers.iperf3), *options)
+
+    def moved(self, report: Mapping[str, Any]) -> Moved:
+        total = report["end"]["sum_received"]
+        return Moved(bits_per_second=total["bits_per_second"], octets=total["bytes"], counters={})
 
     def spawn(self, *command: str, cwd: Path | None = None) -> subprocess.Popen[str]:
         with self.log.open("a") as log:
@@ -363,6 +409,37 @@ class PyvpnkitRing(_Pyvpnkit, Ring):
         self.run_backend(*self.command(f"vhost-user:{self.socket}"), cwd=ROOT)
 
 
+class PyvpnkitRingTcp(_Pyvpnkit, Guest):
+    """The same link, and behind it a TCP in the memory of the rings: `ringload`, started anew for each transfer."""
+
+    name = "pyvpnkit-ring-tcp"
+    offers_dhcp = False
+    only_bulk = True
+
+    @property
+    def socket(self) -> Path:
+        return self.directory / f"{self.label}.sock"
+
+    def make_namespace(self) -> None:
+        """It has no kernel."""
+
+    def launch(self, *, bare: bool = False) -> None:
+        self.run_backend(*self.command(f"vhost-user:{self.socket}"), cwd=ROOT)
+
+    def attach(self) -> None:
+        self.wait_for("the socket", self.socket.exists)
+
+    def probe(self, servers: Servers, limit_s: float) -> list[str]:
+        return self.bulk(servers, streams=1, down=False, seconds=0)
+
+    def bulk(self, servers: Servers, *, streams: int, down: bool, seconds: float) -> list[str]:
+        where = (str(self.socket), "down" if down else "up", self.server, str(servers.netload))
+        return [str(build("ringload")), *where, str(streams), str(seconds)]
+
+    def moved(self, report: Mapping[str, Any]) -> Moved:
+        return Moved(bits_per_second=report["bits_per_second"], octets=report["total"], counters=dict(report))
+
+
 class PasstRing(Ring):
     """passt on vhost-user, at the MTU that it gives its guests."""
 
@@ -416,6 +493,7 @@ GUESTS: dict[str, type[Guest]] = {
         PyvpnkitTap,
         PyvpnkitPacket,
         PyvpnkitRing,
+        PyvpnkitRingTcp,
         PyvpnkitQemu,
         PyvpnkitQemuJumbo,
     )

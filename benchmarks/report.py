@@ -76,7 +76,8 @@ class Verdict:
 
 
 def _requirements() -> tuple[Requirement, ...]:
-    tap, ring, qemu, jumbo = "pyvpnkit-tap", "pyvpnkit-ring", "pyvpnkit-qemu", "pyvpnkit-qemu-65520"
+    tap, qemu, jumbo = "pyvpnkit-tap", "pyvpnkit-qemu", "pyvpnkit-qemu-65520"
+    ring, ring_tcp = "pyvpnkit-ring", "pyvpnkit-ring-tcp"  # `ring` shares two processors with its bridge
     found: list[Requirement] = []
 
     def need(guest: str, case: str, metric: str, **bound: Any) -> None:
@@ -97,7 +98,8 @@ def _requirements() -> tuple[Requirement, ...]:
     for direction, of_tap, cpu in (("up", 0.9, 0.45), ("down", 0.8, 0.65)):
         for streams in (1, 4):
             case = f"tcp_{direction}_{streams}"
-            need(ring, case, "gbit_s", at_least=of_tap, reference=tap)
+            need(ring_tcp, case, "gbit_s", at_least=of_tap, reference=tap)
+            need(ring_tcp, case, "cpu_s_per_gib", at_most=cpu)
             need(ring, case, "gbit_s", at_least=1.0, reference="passt-ring")
             need(ring, case, "cpu_s_per_gib", at_most=cpu)
             if direction == "up":

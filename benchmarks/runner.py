@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks import namespaces
 from benchmarks.build import PROGRAMS, SetupError, build
 from benchmarks.cases import Case, CaseFailed, Conditions, Metrics, wait_reachable
-from benchmarks.guests import Guest
+from benchmarks.guests import Guest, Servers
 from benchmarks.processes import end
 
 PORT = 5000
@@ -72,8 +72,7 @@ def conditions(seconds: float, *, idle_s: float, flows: int) -> Iterator[Conditi
             host=host,
             directory=directory,
             seconds=seconds,
-            port=PORT,
-            iperf_port=IPERF_PORT,
+            servers=Servers(netload=PORT, iperf3=IPERF_PORT),
             idle_s=idle_s,
             flows=flows,
         )
@@ -101,6 +100,8 @@ def measure(
             for number in range(rounds):
                 for kind in kinds:
                     if case.needs_backend and kind.name in ("loopback", "veth"):
+                        continue
+                    if kind.only_bulk and not case.bulk:
                         continue
                     if case.needs_dhcp and not kind.offers_dhcp:
                         continue
