@@ -6,16 +6,18 @@
  *   --rx-size N        octets of a receive buffer [4096]; several make up a frame
  *   --window N         octets that a stream may have on the way to the guest [4194304]
  *   --publish N        frames before the back-end is told of them [1]
+ *   --copy             move the payload as a kernel does for its program, between the rings' memory and 128 KiB of its own
+ *   --lose N           of the frames with payload, each Nth is lost here: it is not sent, or not looked at
  *   --no-tx-calls      no interrupts for frames that were sent
  *   --no-event-idx     no VIRTIO_F_EVENT_IDX: notifications are only switched on and off
  *
  * Stands in for a guest and the load program in it, with `netload serve` at ADDRESS and PORT: opens STREAMS connections,
  * moves octets for SECONDS in one direction, closes in good order, compares the server's count with its own and prints one
- * line of JSON. With SECONDS 0 nothing but the set-up and the end is tried.
+ * line of JSON. With SECONDS 0 it is over as soon as all are open.
  *
- * It costs what the protocol costs and nothing else: no payload is copied, written or looked at here. What goes up is sent
- * from one area of memory, over and over; what comes down stays where the back-end put it until the buffer is given back.
- * Frames, acknowledgements and notifications are laid out and timed as by Linux:
+ * It costs what the protocol costs and nothing else: without --copy no payload is copied, written or looked at here. What
+ * goes up is sent from one area of memory, over and over; what comes down stays where the back-end put it until the buffer is
+ * given back. Frames, acknowledgements and notifications are laid out and timed as by Linux:
  *
  *   up     as much as window and ring allow, in frames of 44 segments (TSO, checksum left to the device): an indirect table
  *          with the headers in a descriptor of their own, then fragments of at most 32 KiB. Each is made known by itself.
@@ -26,7 +28,8 @@
  *          frames it asks for a call when three quarters of them are through.
  *
  * There is no congestion window and no SACK of its own: the link does not lose. What was sent twice or came out of order is
- * counted. The guest is 192.168.65.3/24, its gateway 192.168.65.1.
+ * counted, and so is a sleep that ended by itself, after 50 ms, with frames there: a call that was owed. The guest is
+ * 192.168.65.3/24, its gateway 192.168.65.1.
  */
 #define PROGRAM "ringload"
 #include "vhost_front.h"
@@ -34,13 +37,12 @@
 #include <arpa/inet.h>
 #include <getopt.h>
 #include <inttypes.h>
-#include <linux/if_ether.h>
 #include <linux/ip.h>
 #include <linux/tcp.h>
 
 static struct {
-	unsigned ring, rx_size, window, publish;
-	bool tx_calls, event_idx;
+	unsigned ring, rx_size, window, publish, lose;
+	bool copy, tx_calls, event_idx;
 } wanted = { .ring = 256, .rx_size = 4096, .window = 4 << 20, .publish = 1, .tx_calls = true, .event_idx = true };
 
 static bool down;
@@ -60,6 +62,7 @@ static bool resolved;
 #define NANO 1000000000ull
 #define RETRANSMIT (NANO / 5)
 #define PATIENCE (10 * NANO) /* without progress */
+#define TICK (NANO / 20)     /* the longest sleep */
 
 static uint64_t clock_ns(void)
 {
@@ -76,7 +79,6 @@ static uint64_t now; /* read once per turn */
 #define SEGMENTS 44 /* what Linux packs into a frame of 64 KiB */
 #define SCALE 7
 #define STREAMS_MAX 64
-#define FIRST_PORT 40000
 #define BURST 16 /* frames of one stream before the next has its turn */
 
 enum state { SYN_SENT, OPEN };
@@ -84,6 +86,7 @@ enum state { SYN_SENT, OPEN };
 /* Octet n of what we send has the number `iss` + 1 + n. Octet 0 is the request; at `end` comes the FIN. */
 static struct stream {
 	enum state state;
+	uint16_t port;
 	uint32_t iss, rcv_nxt;
 	uint16_t mss;
 	unsigned snd_scale, duplicates;
@@ -94,8 +97,11 @@ static struct stream {
 	uint8_t tail[8]; /* the last octets received */
 } all[STREAMS_MAX];
 
-static bool finishing;
-static uint64_t retransmissions, out_of_order, sleeps;
+static uint16_t first_port; /* another in each run: what a killed one left open does not matter */
+static uint64_t start, end, measured; /* the interval, 0 before it is reached, and what was moved in it */
+static uint64_t retransmissions, out_of_order, sleeps, missed_calls;
+
+static uint8_t program[128 << 10]; /* with --copy: where the load program of a real guest has its octets */
 
 /* ---- frames to the back-end ---------------------------------------------------------------------------------------- */
 
@@ -186,6 +192,12 @@ static uint16_t folded(uint32_t total)
 	return (uint16_t)(total + (total >> 16));
 }
 
+static bool lost(void)
+{
+	static uint64_t count;
+	return wanted.lose && ++count % wanted.lose == 0;
+}
+
 enum { FIN = 1, SYN = 2, RST = 4, PSH = 8, ACK = 16 };
 
 /* One segment, or a frame of several, from `from` on. There is room. */
@@ -211,7 +223,7 @@ static void send_segment(struct stream *stream, uint8_t flags, uint64_t from, un
 	*ip = (struct iphdr){ .version = 4, .ihl = 5, .tot_len = htons(20 + length), .id = htons(identification++),
 			      .frag_off = htons(0x4000), .ttl = 64, .protocol = 6, .saddr = GUEST, .daddr = peer };
 	ip->check = htons((uint16_t)~folded(sum(ip, 20, 0)));
-	*tcp = (struct tcphdr){ .source = htons((uint16_t)(FIRST_PORT + (stream - all))), .dest = peer_port,
+	*tcp = (struct tcphdr){ .source = htons(stream->port), .dest = peer_port,
 				.seq = htonl(stream->iss + (flags & SYN ? 0 : 1 + (uint32_t)from)),
 				.doff = (uint16_t)(5 + options / 4) };
 	if (flags & ACK) {
@@ -226,6 +238,10 @@ static void send_segment(struct stream *stream, uint8_t flags, uint64_t from, un
 
 	struct descriptor pieces[5] = { { .address = physical(at), .length = HEADERS + options } };
 	unsigned count = 1;
+	if (size && lost()) {
+		tx_free[tx_free_count++] = slot;
+		return;
+	}
 	if (size && !from) {
 		at[HEADERS] = down ? 'd' : 'u';
 		pieces[0].length++;
@@ -234,6 +250,8 @@ static void send_segment(struct stream *stream, uint8_t flags, uint64_t from, un
 			unsigned inside = place % BLOCK, piece = size < BLOCK - inside ? size : BLOCK - inside;
 			uint8_t *block = area + place / BLOCK % BLOCKS * BLOCK_STRIDE;
 			pieces[count] = (struct descriptor){ .address = physical(block + inside), .length = piece };
+			if (wanted.copy)
+				memcpy(block + inside, program + place % sizeof program, piece); /* whole blocks: it does not wrap */
 			place += piece;
 			size -= piece;
 		}
@@ -241,7 +259,7 @@ static void send_segment(struct stream *stream, uint8_t flags, uint64_t from, un
 	dispatch(slot, pieces, count);
 }
 
-/* What the stream may send now, at most a burst; true when only the burst's end or the ring stopped it. */
+/* What the stream may send now, at most a burst; true when only the burst's end stopped it. */
 static bool send_stream(struct stream *stream)
 {
 	unsigned largest = stream->mss * SEGMENTS;
@@ -259,13 +277,13 @@ static bool send_stream(struct stream *stream)
 				size = flight ? 0 : window;
 				size -= size > stream->mss ? size % stream->mss : 0;
 			}
-		} else if (finishing && stream->snd_nxt == stream->end) {
+		} else if (end && stream->snd_nxt == stream->end) {
 			flags = ACK | FIN;
 		}
 		if (!size && !(flags & FIN))
 			return false;
 		if (!room())
-			return false; /* `full` says so */
+			return false;
 		if (!flight)
 			stream->progress = now;
 		send_segment(stream, flags, stream->snd_nxt, (unsigned)size);
@@ -283,6 +301,17 @@ static bool send_stream(struct stream *stream)
 
 static struct iovec buffers[BUFFERS_MAX]; /* of a frame, behind the virtio-net header */
 static unsigned buffer_count;
+
+static void copy_out(void)
+{
+	size_t at = 0;
+	for (unsigned i = 0; i < buffer_count; i++) {
+		if (at + buffers[i].iov_len > sizeof program)
+			at = 0;
+		memcpy(program + at, buffers[i].iov_base, buffers[i].iov_len);
+		at += buffers[i].iov_len;
+	}
+}
 
 static void keep_tail(struct stream *stream, size_t fresh)
 {
@@ -352,9 +381,13 @@ static void take_ack(struct stream *stream, const struct tcphdr *tcp, bool pure)
 
 static void take_tcp(const struct tcphdr *tcp, size_t payload)
 {
-	unsigned index = (unsigned)(ntohs(tcp->dest) - FIRST_PORT);
-	if (index >= streams || tcp->source != peer_port)
-		complain("a segment of no stream, to port %u", ntohs(tcp->dest));
+	unsigned index = (unsigned)(ntohs(tcp->dest) - first_port);
+	if (index >= streams || tcp->source != peer_port) { /* of a run that was killed */
+		struct stream stray = { .port = ntohs(tcp->dest), .iss = ntohl(tcp->ack_seq) - 1 };
+		if (tcp->ack && !tcp->rst && room())
+			send_segment(&stray, RST, 0, 0);
+		return;
+	}
 	struct stream *stream = &all[index];
 	if (tcp->rst)
 		complain("the connection was %s", stream->state == SYN_SENT ? "refused" : "reset");
@@ -369,17 +402,25 @@ static void take_tcp(const struct tcphdr *tcp, size_t payload)
 	}
 	if (tcp->ack)
 		take_ack(stream, tcp, !payload && !tcp->fin);
-	if (!payload && !tcp->fin)
+	if (!payload && !tcp->fin) {
+		stream->ack_due |= ntohl(tcp->seq) != stream->rcv_nxt; /* 3.10.7.4: not acceptable */
+		return;
+	}
+	if (payload && lost())
 		return;
 	stream->ack_due = true;
 	uint32_t old = stream->rcv_nxt - ntohl(tcp->seq); /* octets of it that we have */
 	if (old > payload) {
 		out_of_order++;
+		if (room()) /* at once, and one for each (RFC 5681, 4.2) */
+			send_segment(stream, ACK, stream->snd_nxt, 0);
 		return;
 	}
 	stream->rcv_nxt += (uint32_t)(payload - old);
 	stream->received += payload - old;
 	keep_tail(stream, payload - old);
+	if (wanted.copy)
+		copy_out();
 	if (tcp->fin && !stream->fin_received) {
 		stream->fin_received = true;
 		stream->rcv_nxt++;
@@ -449,9 +490,9 @@ static bool poll_rx(void)
 		uint8_t *at = rx_memory + slot * rx_slot;
 		const struct virtio_net_hdr_v1 *header = (const struct virtio_net_hdr_v1 *)at;
 		unsigned of = header->num_buffers;
-		size_t octets = length - HEADER;
 		if (length <= HEADER || length > rx_slot)
 			complain("a used rx buffer of %u octets", length);
+		size_t octets = length - HEADER;
 		if (!of || of > there || of > BUFFERS_MAX)
 			complain("a frame of %u buffers where %u are used", of, there);
 		rx_free[rx_free_count++] = slot;
@@ -521,8 +562,68 @@ static void repeat(void)
 	}
 }
 
-/* Sleep until a call or for `limit_ms`. */
-static void rest(int epoll, int limit_ms)
+/* Everything that is to be sent now; tells how many streams are open and how many at their end. True when there is more. */
+static bool send_all(unsigned *open, unsigned *done)
+{
+	static unsigned first;
+	bool more = false;
+	*open = *done = 0;
+	for (unsigned i = 0; i < streams; i++) {
+		struct stream *stream = &all[(first + i) % streams];
+		if (stream->state == OPEN && start)
+			more |= send_stream(stream);
+		if (stream->ack_due && room())
+			send_segment(stream, ACK, stream->snd_nxt, 0);
+		*open += stream->state == OPEN;
+		*done += closed(stream);
+	}
+	first++;
+	if (tx.filled != tx.published)
+		publish(&tx);
+	return more;
+}
+
+/* Begin and end the interval when it is time for that: true when one of them was. */
+static bool mark(unsigned open)
+{
+	if (!start && open == streams) {
+		start = now;
+		return true;
+	}
+	if (!start || end || now - start < span)
+		return false;
+	end = now;
+	measured = moved_by_all();
+	for (unsigned i = 0; !down && i < streams; i++)
+		all[i].end = all[i].snd_max > 1 ? all[i].snd_max : 1;
+	return true;
+}
+
+static void insist_on_progress(unsigned open, unsigned done)
+{
+	static uint64_t before, last;
+	uint64_t progress = moved_by_all() + open + done;
+	if (progress != before || !last) {
+		before = progress;
+		last = now;
+	} else if (now - last > PATIENCE) {
+		complain("nothing has moved for 10 s: %u of %u connections open, %u closed", open, streams, done);
+	}
+}
+
+/* Ask for calls; false when there is something to do at once. */
+static bool arm_all(void)
+{
+	unsigned outstanding = tx.slots - tx_free_count;
+	if (!arm(&rx, 1))
+		return false;
+	if (!outstanding || (tx_free_count && !wanted.tx_calls))
+		return true;
+	return arm(&tx, outstanding * 3 / 4 + 1);
+}
+
+/* What is there to be told, within so much time; returns how many called. */
+static int look(int epoll, int limit_ms)
 {
 	struct epoll_event ready[4];
 	int count = epoll_wait(epoll, ready, 4, limit_ms);
@@ -531,90 +632,63 @@ static void rest(int epoll, int limit_ms)
 	for (int i = 0; i < count; i++)
 		if (ready[i].data.fd == control)
 			complain("the back-end hung up");
-	sleeps += limit_ms != 0;
+	return count;
 }
 
+/* Until all streams are closed. */
 static void carry(void)
 {
 	int epoll = epoll_create1(EPOLL_CLOEXEC);
-	uint64_t start = 0, end = 0, measured = 0, before = 0, last = 0, counted = 0, total = 0;
-	unsigned turns = 0, next = 0;
 	watch(epoll, EPOLL_CTL_ADD, rx.call, EPOLLIN | EPOLLET);
 	watch(epoll, EPOLL_CTL_ADD, tx.call, EPOLLIN | EPOLLET);
 	watch(epoll, EPOLL_CTL_ADD, control, EPOLLIN | EPOLLRDHUP);
-	for (;;) {
+	for (unsigned turns = 1;; turns++) {
+		unsigned open, done;
 		now = clock_ns();
-		bool more = poll_rx(), full = false;
+		bool more = poll_rx();
 		reap();
 		repeat();
-		unsigned open = 0, done = 0;
-		for (unsigned i = 0; i < streams; i++) {
-			struct stream *stream = &all[(next + i) % streams];
-			open += stream->state == OPEN;
-			if (stream->state == OPEN && (start || finishing))
-				more |= send_stream(stream);
-			if (stream->ack_due && room())
-				send_segment(stream, ACK, stream->snd_nxt, 0);
-			done += closed(stream);
-		}
-		next++;
-		full = !room();
-		if (tx.filled != tx.published)
-			publish(&tx);
+		more |= send_all(&open, &done);
 		if (done == streams)
-			break;
-		uint64_t progress = moved_by_all() + open + done;
-		if (progress != before || !last) {
-			before = progress;
-			last = now;
-		} else if (now - last > PATIENCE) {
-			complain("nothing has moved for 10 s: %u of %u connections open, %u closed", open, streams, done);
-		}
-		if (!start && open == streams) {
-			start = now;
-			more = true;
-		}
-		if (start && !finishing && now - start >= span) {
-			finishing = true;
-			end = now;
-			measured = moved_by_all();
-			for (unsigned i = 0; !down && i < streams; i++)
-				all[i].end = all[i].snd_max > 1 ? all[i].snd_max : 1;
-			more = true;
-		}
-		if (!more && !arm(&rx, 1))
-			more = true;
-		unsigned outstanding = tx.slots - tx_free_count;
-		if (!more && outstanding && (full || wanted.tx_calls) && !arm(&tx, (outstanding * 3 + 3) / 4))
-			more = true;
-		if (!more) {
-			uint64_t left = start && !finishing ? start + span - now : NANO / 20;
-			rest(epoll, (int)((left < NANO / 20 ? left : NANO / 20) / 1000000 + 1));
-		} else if (++turns % 256 == 0) {
-			rest(epoll, 0);
+			return;
+		insist_on_progress(open, done);
+		more |= mark(open);
+		if (!more && arm_all()) {
+			uint64_t left = start && !end ? start + span - now : TICK;
+			sleeps++;
+			int called = look(epoll, (int)((left < TICK ? left : TICK) / 1000000 + 1));
+			missed_calls += !called && left >= TICK && waiting(&rx);
+		} else if (turns % 256 == 0) {
+			look(epoll, 0);
 		}
 		disarm(&rx);
 		disarm(&tx);
 	}
+}
+
+static void report(void)
+{
+	uint64_t counted = 0, total = 0;
 	for (unsigned i = 0; i < streams; i++) {
-		uint64_t server = 0;
-		for (unsigned octet = 0; octet < 8; octet++)
+		uint64_t server = 0, ours = down ? all[i].received - sizeof all[i].tail : all[i].end - 1;
+		for (unsigned octet = 0; octet < sizeof all[i].tail; octet++)
 			server = server << 8 | all[i].tail[octet];
-		uint64_t ours = down ? all[i].received - 8 : all[i].end - 1;
-		if (all[i].received < 8 || server != ours)
+		if (all[i].received < sizeof all[i].tail || server != ours)
 			complain("stream %u: %" PRIu64 " octets here, %" PRIu64 " by the server's count", i, ours, server);
 		counted += server;
 		total += ours;
 	}
-	double seconds = (double)(end - start) / 1e9;
 	tally(&rx);
 	tally(&tx);
-	printf("{\"octets\": %" PRIu64 ", \"seconds\": %.6f, \"bits_per_second\": %.0f, \"total\": %" PRIu64 ", \"counted\": %" PRIu64
-	       ", \"retransmissions\": %" PRIu64 ", \"out_of_order\": %" PRIu64 ", \"frames_out\": %" PRIu64 ", \"kicks_out\": %" PRIu64
-	       ", \"calls_out\": %" PRIu64 ", \"frames_in\": %" PRIu64 ", \"kicks_in\": %" PRIu64 ", \"calls_in\": %" PRIu64
-	       ", \"sleeps\": %" PRIu64 ", \"features\": %" PRIu64 "}\n",
-	       measured, seconds, seconds > 0 ? (double)measured * 8 / seconds : 0, total, counted, retransmissions, out_of_order,
-	       tx.frames, tx.kicks, tx.calls, rx.frames, rx.kicks, rx.calls, sleeps, features);
+	double seconds = (double)(end - start) / 1e9;
+	printf("{\"octets\": %" PRIu64 ", \"seconds\": %.6f, \"bits_per_second\": %.0f, \"total\": %" PRIu64
+	       ", \"counted\": %" PRIu64 ", \"retransmissions\": %" PRIu64 ", \"out_of_order\": %" PRIu64
+	       ", \"frames_out\": %" PRIu64 ", \"kicks_out\": %" PRIu64 ", \"calls_out\": %" PRIu64 ", \"frames_in\": %" PRIu64
+	       ", \"kicks_in\": %" PRIu64 ", \"calls_in\": %" PRIu64 ", \"sleeps\": %" PRIu64
+	       ", \"missed_calls\": %" PRIu64 ", \"features\": %" PRIu64 "}\n",
+	       measured, seconds, seconds > 0 ? (double)measured * 8 / seconds : 0, total, counted, retransmissions,
+	       out_of_order, tx.frames, tx.kicks, tx.calls, rx.frames, rx.kicks, rx.calls, sleeps, missed_calls,
+	       features);
 }
 
 __attribute__((noreturn)) static void misused(const char *what, const char *value)
@@ -628,6 +702,7 @@ static void parse(int argc, char **argv)
 	static const struct option options[] = {
 		{ "ring", required_argument, NULL, 'r' },    { "rx-size", required_argument, NULL, 'b' },
 		{ "window", required_argument, NULL, 'w' },  { "publish", required_argument, NULL, 'p' },
+		{ "copy", no_argument, NULL, 'c' },	     { "lose", required_argument, NULL, 'l' },
 		{ "no-tx-calls", no_argument, NULL, 't' },   { "no-event-idx", no_argument, NULL, 'e' },
 		{ 0 },
 	};
@@ -635,15 +710,25 @@ static void parse(int argc, char **argv)
 		switch (option) {
 		case 'r':
 			wanted.ring = number(optarg, 2, 32768, "--ring");
+			if (wanted.ring & (wanted.ring - 1))
+				misused("--ring must be a power of two", optarg);
 			break;
 		case 'b':
 			wanted.rx_size = number(optarg, 128, 131072, "--rx-size");
+			if (wanted.rx_size & 1)
+				misused("--rx-size must be even", optarg);
 			break;
 		case 'w':
 			wanted.window = number(optarg, 1 << SCALE, 65535 << SCALE, "--window");
 			break;
 		case 'p':
 			wanted.publish = number(optarg, 1, 256, "--publish");
+			break;
+		case 'c':
+			wanted.copy = true;
+			break;
+		case 'l':
+			wanted.lose = number(optarg, 10, 1000000, "--lose");
 			break;
 		case 't':
 			wanted.tx_calls = false;
@@ -671,10 +756,6 @@ static void parse(int argc, char **argv)
 	streams = number(argv[4], 1, STREAMS_MAX, "STREAMS");
 	if (*end || end == argv[5] || !(seconds >= 0 && seconds <= 3600))
 		misused("SECONDS must be a number from 0 to 3600", argv[5]);
-	if (wanted.ring & (wanted.ring - 1))
-		misused("--ring must be a power of two", "this");
-	if (wanted.rx_size & 1)
-		misused("--rx-size must be even", "this");
 	span = (uint64_t)(seconds * 1e9);
 	next_hop = (peer & NETMASK) == (GUEST & NETMASK) ? peer : GATEWAY;
 }
@@ -694,8 +775,13 @@ int main(int argc, char **argv)
 	hand_over(0, &rx);
 	hand_over(1, &tx);
 	publish(&rx);
+	first_port = (uint16_t)(32768 + clock_ns() / 1000 % 32000);
 	for (unsigned i = 0; i < streams; i++)
-		all[i] = (struct stream){ .iss = (uint32_t)clock_ns() * (i + 1), .mss = MSS, .end = down ? 1 : UINT64_MAX };
+		all[i] = (struct stream){
+			.iss = (uint32_t)clock_ns() * (i + 1), .port = (uint16_t)(first_port + i),
+			.mss = MSS, .end = down ? 1 : UINT64_MAX,
+		};
 	carry();
+	report();
 	return 0;
 }
