@@ -106,7 +106,7 @@ class Link(Protocol):
     * `partial_checksums_in: bool`: the same as `partial_checksums` for what arrives, where the two differ.
     * `watch(watch, ready)` and `unwatch()`: it has several descriptors and watches them itself; `fileno` is not watched then.
     * `busy: bool`: look for frames again without being told.
-    * `room(octets, lead, key) -> Room | None`: room in the peer's own memory to make one frame in.
+    * `room(octets, lead, key, native) -> Room | None`: room in the peer's own memory to make one frame in.
     * `publish()`: the round is over; show the peer what was taken and sent.
     """
 

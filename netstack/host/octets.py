@@ -9,8 +9,13 @@ dataplane A), so there is no third way. HOT PATH: `read`, `take`, `discard`.
 
 from __future__ import annotations
 
+import _socket
+import errno
+import os
 import socket
 import sys
+from collections.abc import Callable
+from functools import cache
 from typing import Any, Final, Protocol
 
 SO_PEEK_OFF: Final = 42
@@ -18,6 +23,20 @@ CEILING: Final = 16384
 """Octets that one flow may hold while all together hold more than half of what they may."""
 _TRASH: Final = memoryview(bytearray(1 << 20))
 """`MSG_TRUNC` on TCP writes nothing here, but Python wants a buffer as long as the count."""
+
+
+@cache
+def _native_recvmsg() -> tuple[Callable[[int, int, int], int], Callable[[], int]]:
+    """The C library's, with the message by its address (`socket.recvmsg_into` makes a view of every piece), and its `errno`.
+
+    Imported by need: few links use it.
+    """
+    import ctypes
+
+    function = ctypes.CDLL(None, use_errno=True).recvmsg
+    function.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
+    function.restype = ctypes.c_ssize_t
+    return function, ctypes.get_errno
 
 
 class Budget:
@@ -46,6 +65,14 @@ class Octets(Protocol):
         """As `read`, into several views in order."""
         ...
 
+    def native(self, offset: int) -> bool:
+        """Whether `read_message` works from `offset` on: the octets are in a socket of the kernel's."""
+        ...
+
+    def read_message(self, offset: int, message: int) -> int | None:
+        """As `read`, into what the `struct msghdr` at address `message` says."""
+        ...
+
     def take(self, into: memoryview) -> int | None:
         """As `read` from 0, into a small view, while nothing is outstanding."""
         ...
@@ -68,10 +95,11 @@ class PeekedOctets:
 
     full = False
 
-    __slots__ = ("_at", "_kept", "_recv_into", "_sock")
+    __slots__ = ("_at", "_is_native", "_kept", "_recv_into", "_sock")
 
     def __init__(self, sock: Any) -> None:
         self._sock = sock
+        self._is_native = isinstance(sock, _socket.socket)
         self._recv_into = sock.recv_into
         self._at = -1
         """Where the kernel will peek next; at -1 it does not count yet."""
@@ -107,6 +135,24 @@ class PeekedOctets:
             count: int = self._sock.recvmsg_into(into, 0, socket.MSG_PEEK)[0]
         except BlockingIOError:
             return None
+        if self._at >= 0:
+            self._at += count
+        return count
+
+    def native(self, offset: int) -> bool:
+        return self._is_native and offset >= len(self._kept)
+
+    def read_message(self, offset: int, message: int) -> int | None:
+        self._peek_from(offset - len(self._kept))
+        recvmsg, failure = _native_recvmsg()
+        count = recvmsg(self._sock.fileno(), message, socket.MSG_PEEK)
+        if count < 0:
+            number = failure()
+            if number == errno.EINTR:
+                return self.read_message(offset, message)
+            if number == errno.EAGAIN:
+                return None
+            raise OSError(number, os.strerror(number))
         if self._at >= 0:
             self._at += count
         return count
@@ -208,6 +254,12 @@ class KeptOctets:
             if got < len(view):
                 break
         return total
+
+    def native(self, offset: int) -> bool:
+        return False
+
+    def read_message(self, offset: int, message: int) -> int | None:
+        raise NotImplementedError
 
     def take(self, into: memoryview) -> int | None:
         return self.read(0, into)

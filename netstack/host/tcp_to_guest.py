@@ -130,7 +130,7 @@ class ToGuest(ToHost):
                     guess = self._bulk
                     if want > guess:
                         want = guess // mss * mss or guess
-                    room = port.room(lead + want, lead, self.key)
+                    room = port.room(lead + want, lead, self.key, source.native(offset))
                     if room is None:
                         if port.alive and not self._waiting:
                             self._waiting = True

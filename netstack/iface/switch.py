@@ -72,7 +72,7 @@ class Port:
         self.tso = link.tso
         self.partial = link.partial_checksums
         self.partial_in = getattr(link, "partial_checksums_in", link.partial_checksums)
-        self._link_room: Callable[[int, int, bytes], Room | None] | None = getattr(link, "room", None)
+        self._link_room: Callable[[int, int, bytes, bool], Room | None] | None = getattr(link, "room", None)
         self.publish: Callable[[], None] | None = getattr(link, "publish", None)
         """To be called when a round is over."""
         self.polled = hasattr(link, "busy")
@@ -142,12 +142,12 @@ class Port:
         """Whether frames can be made in the peer's own memory (`room`)."""
         return self._link_room is not None
 
-    def room(self, octets: int, lead: int, key: bytes) -> Room | None:
+    def room(self, octets: int, lead: int, key: bytes, native: bool) -> Room | None:
         """Room for a frame of `octets` octets with headroom, or of less, the first `lead` of them headers; `None` when there is
         none now: the port is then congested, or down. Once the frame is there: `sent`."""
         assert self._link_room is not None
         try:
-            room = self._link_room(octets, lead, key)
+            room = self._link_room(octets, lead, key, native)
         except LinkDown as error:
             self.down(str(error))
             return None

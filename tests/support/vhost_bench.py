@@ -9,6 +9,7 @@ Everything happens in this thread, when it is asked for.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 from typing import Any, Literal
@@ -22,6 +23,9 @@ from tests.support.vhost_front import FrontEnd
 from tests.support.virtio_net import FULL, NO_OFFLOAD, Header
 from tests.support.virtio_nic import Nic
 
+_recvmsg: Any = ctypes.CDLL(None, use_errno=True).recvmsg
+_recvmsg.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
+_recvmsg.restype = ctypes.c_ssize_t
 ROUNDS = 1000
 HEADERS = 54
 """Octets that the stack has in the first piece of a frame."""
@@ -44,10 +48,15 @@ def count_descriptors() -> int:
 
 
 class Source:
-    """Octets for a frame's payload, as `netstack.host.octets` has them."""
+    """Octets for a frame's payload, as `netstack.host.octets` has them; `native`: in a socket."""
 
-    def __init__(self, octets: bytes) -> None:
+    def __init__(self, octets: bytes, native: bool) -> None:
         self._octets = octets
+        self._pair = socket.socketpair() if native else None
+        if self._pair is not None:
+            self._pair[0].setblocking(False)
+            self._pair[1].setblocking(False)
+            assert self._pair[0].send(octets) == len(octets)
 
     def read_scattered(self, offset: int, into: list[memoryview]) -> int:
         at = offset
@@ -56,6 +65,17 @@ class Source:
             view[: len(part)] = part
             at += len(part)
         return at - offset
+
+    def read_message(self, offset: int, message: int) -> int:
+        assert not offset and self._pair is not None
+        count: int = _recvmsg(self._pair[1].fileno(), message, 0)
+        assert count >= 0, os.strerror(ctypes.get_errno())
+        return count
+
+    def close(self) -> None:
+        if self._pair is not None:
+            self._pair[0].close()
+            self._pair[1].close()
 
 
 class Bench:
@@ -175,15 +195,20 @@ class Bench:
         link.publish()
         return taken
 
-    def give_by_room(self, frame: bytes, header: Header = NO_OFFLOAD, *, spare: int = 0, publish: bool = True) -> bool:
-        """A frame made in the guest's own buffers, of which `spare` octets more were asked for; whether there was room for it."""
+    def give_by_room(
+        self, frame: bytes, header: Header = NO_OFFLOAD, *, spare: int = 0, native: bool = False, publish: bool = True
+    ) -> bool:
+        """A frame made in the guest's own buffers, of which `spare` octets more were asked for; whether there was room for it.
+
+        The octets behind its headers are read in, from memory or (`native`) from a socket.
+        """
         link = self.link
         assert link is not None, f"no link: {self.reasons}"
         octets = header.pack(10) + b"\1\0"[: link.headroom - 10] + frame
         lead = min(link.headroom + HEADERS, len(octets) - 1)
-        source = Source(octets[lead:])
+        source = Source(octets[lead:], native)
         try:
-            room = link.room(len(octets) + spare, lead, bytes(12))
+            room = link.room(len(octets) + spare, lead, bytes(12), native)
             if room is None:
                 return False
             assert lead < room.octets <= len(octets) + spare
@@ -199,6 +224,8 @@ class Bench:
         except LinkDown as error:
             self._lost(link, error)
             return False
+        finally:
+            source.close()
         if publish:
             link.publish()
         return True

@@ -22,10 +22,11 @@ from collections.abc import Callable, Sequence
 from struct import Struct
 from typing import Final
 
-from netstack.api import READABLE, ROOM, Frame, Ready, Watch
+from netstack.api import READABLE, ROOM, Frame, Ready, Room, Watch
 from netstack.errors import LinkDown
 from netstack.link.common import ETHERNET_HEADER, LARGEST_FRAME, VLAN_TAG
 from netstack.link.vhost_user import vanish
+from netstack.link.vhost_user.fast_places import FastPlace
 from netstack.link.vhost_user.memory import Broken, GuestMemory
 from netstack.link.vhost_user.places import Place, note_buffers, scatter
 from netstack.link.vhost_user.ring import DESCRIPTOR, WRITE, SplitQueue
@@ -35,6 +36,7 @@ BATCH: Final = 64
 """Frames per `receive` of each queue, while they are small; they cost no memory of ours."""
 LONG_BATCH: Final = 8
 """The same while they are long: half a window of TCP, so that the guest goes on while we still send."""
+
 LOOKS: Final = 4
 """How often room is looked for again because the guest made some meanwhile."""
 SMALL: Final = 512
@@ -148,6 +150,7 @@ class VhostUserLink:
         self._watched: dict[int, Ready] = {}
         self._kicks: dict[int, Ready] = {}
         self._places: list[Place] = []
+        self._fast_places: list[FastPlace | None] = []
         self.on_broken: Callable[[str], None] = lambda reason: None
         """Told once when the guest's rings turn out to be broken, just before `LinkDown`."""
         self._down = ""
@@ -164,6 +167,7 @@ class VhostUserLink:
         self._pairs = list(pairs)
         self._receive = pairs[0][0]
         self._places = [Place(receive) for receive, _ in pairs]
+        self._fast_places = [None] * len(pairs)
         self._transmit = [transmit for _, transmit in pairs]
         self._several = len(pairs) > 1
         self.busy = True
@@ -417,12 +421,18 @@ class VhostUserLink:
             note_buffers(queue.views, count)
         return True
 
-    def room(self, octets: int, lead: int, key: bytes) -> Place | None:
+    def room(self, octets: int, lead: int, key: bytes, native: bool) -> Room | None:
         """Room in the guest's buffers for a frame of up to `octets` octets with its headroom, perhaps for fewer, of which the first
-        `lead` are headers; None when there is none just now. `key` is the flow's: addresses and ports of the guest's own frames."""
-        place = self._places[self._steer[key[9]] % len(self._pairs) if self._several else 0]
-        queue, most = place.queue, self._most
+        `lead` are headers; None when there is none just now. `key` is the flow's: addresses and ports of the guest's own frames.
+        `native`: it will be filled by the kernel (`read_message`)."""
+        number = self._steer[key[9]] % len(self._pairs) if self._several else 0
         try:
+            if native and self._most > 1:
+                fast = self._fast_places[number] or self._new_fast_place(number)
+                if fast.find(octets, lead):
+                    return fast
+            place = self._places[number]
+            queue, most = place.queue, self._most
             for _ in range(LOOKS):
                 if place.find(octets, lead, most):
                     return place
@@ -432,6 +442,10 @@ class VhostUserLink:
         except Broken as error:
             self._break(error)
         return None
+
+    def _new_fast_place(self, number: int) -> FastPlace:
+        place = self._fast_places[number] = FastPlace(self._pairs[number][0], self._memory)
+        return place
 
     def publish(self) -> None:
         """The round is over: show the guest what was used, and tell it where it wants to know."""

@@ -44,6 +44,8 @@ class Mapped(NamedTuple):
     view: memoryview
     region: Region
     watch: vanish.Watched
+    address: int
+    """Where it is in this process."""
 
 
 class GuestMemory:
@@ -100,7 +102,7 @@ class GuestMemory:
     def pieces(self, address: int, octets: int) -> list[memoryview]:
         """The octets from guest address `address` on: one view, more where regions meet. Raises `Broken` outside of them."""
         end = address + octets
-        for start, stop, view, _region, _watch in self.regions:
+        for start, stop, view, _region, _watch, _address in self.regions:
             if start <= address < stop:
                 if end <= stop:
                     return [view[address - start : end - start]]
@@ -138,4 +140,5 @@ def _map(region: Region, descriptor: int) -> Mapped:
     except (OSError, ValueError, OverflowError) as error:
         raise Unmappable(f"a memory region of {region.size} octets cannot be mapped: {error}") from None
     view = memoryview(octets)[skipped:]
-    return Mapped(region.guest, region.guest + region.size, view, region, vanish.watch(octets))
+    watched = vanish.watch(octets)
+    return Mapped(region.guest, region.guest + region.size, view, region, watched, watched.start + skipped)

@@ -74,6 +74,7 @@ class SplitQueue:
         "size",
         "taken_heads",
         "taken_lens",
+        "total",
         "views",
     )
 
@@ -107,6 +108,8 @@ class SplitQueue:
         self.next = 0
         self._map(memory)
         self.next = self.seen = self._first_free = self._used_head[1]
+        self.total = 0
+        """How many chains were taken so far; `next` counts the same, but begins elsewhere and again."""
         if not barrier.SAFE:
             self._used_head[0] = 0
 
@@ -142,8 +145,15 @@ class SplitQueue:
         barrier.ordered()
         if count > most:
             count = most
+        heads = self.heads_after(0, count)
         self.next = (at + count) & 0xFFFF
-        start = (at & self._mask) + 2
+        self.total += count
+        return heads
+
+    def heads_after(self, skipped: int, count: int) -> list[int]:
+        """The heads of `count` chains, which stay available, behind `skipped` others. There must be so many (`waiting`)."""
+        size = self.size
+        start = ((self.next + skipped) & self._mask) + 2
         stop = start + count
         available = self._available
         if stop <= size + 2:
@@ -307,6 +317,7 @@ class SplitQueue:
         self._lens += lens
         self._lens.append(last)
         self.next = (self.next + len(heads)) & 0xFFFF
+        self.total += len(heads)
 
     # What is used.
 
@@ -323,6 +334,7 @@ class SplitQueue:
     def used_next(self, head: int, octets: int) -> None:
         """The same for the next one, which was only looked at (`first`)."""
         self.next = (self.next + 1) & 0xFFFF
+        self.total += 1
         self.done.append(head)
         self._lens.append(octets)
 

@@ -75,7 +75,7 @@ def inbound(bench: Bench, rng: random.Random, batches: int) -> int:
             frame = rng.randbytes(sizes(rng, 1514))
             way = rng.randrange(3)
             if way == 2:
-                taken: int = bench.give_by_room(frame, spare=rng.choice([0, 0, 100, 60_000]))
+                taken: int = bench.give_by_room(frame, spare=rng.choice([0, 0, 100, 60_000]), native=rng.random() < 0.5)
             else:
                 taken = bench.give(frame, one=bool(way))
             if not taken:
@@ -117,6 +117,8 @@ def test_frames_fill_as_many_buffers_as_they_need_and_the_header_says_how_many(
             b.give,
             b.give_by_room,
             partial(b.give_by_room, spare=5000),
+            partial(b.give_by_room, native=True),
+            partial(b.give_by_room, spare=5000, native=True),
         ):
             assert give(frame) == 1
             (received,) = b.nic.receive(called=True)
@@ -137,6 +139,7 @@ def test_super_frames_go_both_ways_with_their_header(bench: MakeBench, mergeable
         assert arrived == frame and taken[:6] == header[:6]
         assert b.give(frame, header=header) == 1
         assert b.give_by_room(frame, header)
+        assert b.give_by_room(frame, header, native=True)
         for received in b.nic.receive(called=True):
             assert received.frame == frame and received.header[:6] == header[:6]
 

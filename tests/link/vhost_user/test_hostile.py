@@ -105,8 +105,8 @@ def receive(b: Bench, rng: random.Random, attack: Attack) -> Verdict:
     if pair.rx.publish():
         pair.kick(0)
     reasons = len(b.reasons)
-    way = rng.randrange(3)
-    taken: int = b.give(frame, one=bool(way)) if way < 2 else b.give_by_room(frame)
+    way = rng.randrange(4)
+    taken: int = b.give(frame, one=bool(way)) if way < 2 else b.give_by_room(frame, native=way == 3)
     if b.link is None:
         verdict = BROKEN
         assert len(b.reasons) == reasons + 1
