@@ -52,7 +52,8 @@ class Settings:
     """All that `pyvpnkit run` can be told."""
 
     links: tuple[LinkSpec, ...] = ()
-    """Where guests attach, as `scheme:address`: qemu, vmnet, unixgram, bess, tap, packet or fd; the manual has their forms."""
+    """Where guests attach, as `scheme:address`: vhost-user, qemu, vmnet, unixgram, bess, tap, packet or fd; the manual has
+    their forms."""
     publish: tuple[PublishSpec, ...] = ()
     """Host ports that lead into a guest: `[tcp|udp:][IP:]PORT:[GUESTIP:]GUESTPORT`. Without IP the port
     is bound on 127.0.0.1 alone; without GUESTIP it goes to the guest with the lowest leased address; host port 0 picks a free

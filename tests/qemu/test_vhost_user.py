@@ -197,7 +197,7 @@ SUBSETS = [
         id="a legacy device, with its header of ten octets",
     ),
     pytest.param("rx_queue_size=1024,tx_queue_size=1024,host_mtu=1400", "", set(), set(), id="long rings, a small MTU"),
-    pytest.param("", ",offload=off", {*OFFLOADS}, TELLING, id="none of it offered"),
+    pytest.param("", ",offload=off,config=off", {*OFFLOADS}, TELLING, id="none of it offered"),
 ]
 
 
@@ -210,6 +210,8 @@ def test_with_fewer_features(
         assert guest.address == ADDRESS
         assert not _agreed(guest) & features
         assert _offloads(guest) == TELLING - offloads
+        assert guest.run("cat /sys/class/net/eth0/mtu") == ("1400" if "host_mtu" in options else "1500")
+        assert "config=off" not in link or "PROTOCOL_F_CONFIG" not in guest.said(), "QEMU's warning"
         ping_and_names(guest)
         download(guest, site.port, 8 * MB)
         upload(guest, site.port, 4 * MB)
