@@ -7,7 +7,9 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -112,6 +114,31 @@ def test_what_is_lost_is_sent_again_and_counted(ring: Path, port: int, direction
 
 
 @needs_compiler
+@pytest.mark.parametrize("options", [[], ["--ring", "32"], ["--lose", "50"]], ids=["", "full ring", "losses"])
+def test_what_arrives_is_what_lies_in_the_guests_memory(ring: Path, options: list[str]) -> None:
+    got = bytearray()
+
+    def take() -> None:
+        peer, _ = listener.accept()
+        with peer:
+            while octets := peer.recv(1 << 20):
+                got.extend(octets)
+            peer.sendall((len(got) - 1).to_bytes(8, "big"))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(10)
+        thread = threading.Thread(target=take)
+        thread.start()
+        report = told(*options, ring, "up", HOST, listener.getsockname()[1], 1, 0.1)
+        thread.join()
+    area = array("I", range(1 << 20)).tobytes()  # 4 MiB, repeated
+    assert got[:1] == b"u" and len(got) - 1 == report["total"] > 0
+    for at in range(1, len(got), len(area)):
+        piece = got[at : at + len(area)]
+        assert piece == area[: len(piece)]
+
+
+@needs_compiler
 def test_a_guest_that_was_killed_leaves_nothing_that_stops_the_next(ring: Path, port: int) -> None:
     running = subprocess.Popen([str(build("ringload")), str(ring), "down", HOST, str(port), "2", "60"], text=True)
     time.sleep(0.2)
@@ -175,10 +202,10 @@ def test_the_sink_counts_what_it_got(port: int) -> None:
 def test_the_source_goes_on_until_the_client_has_no_more_to_say(port: int) -> None:
     with socket.create_connection(("127.0.0.1", port), 10) as peer:
         peer.sendall(b"d")
-        assert len(peer.recv(100_000, socket.MSG_WAITALL)) == 100_000
+        begun = len(peer.recv(100_000))
         peer.shutdown(socket.SHUT_WR)
         rest = everything(peer)
-    assert int.from_bytes(rest[-8:], "big") == 100_000 + len(rest) - 8
+    assert int.from_bytes(rest[-8:], "big") == begun + len(rest) - 8 > 0
 
 
 def everything(peer: socket.socket) -> bytes:
