@@ -467,8 +467,16 @@ class VhostUserLink:
         raise LinkDown(f"{self.name}: {error}") from None
 
     def close(self) -> None:
-        """Let go of everything; harmless when repeated."""
+        """Let go of everything, above all of the guest's memory, which would stay pinned; harmless when repeated."""
         self.unwatch()
-        if self._wake >= 0:
-            os.close(self._wake)
-            self._wake = -1
+        if self._wake < 0:
+            return
+        os.close(self._wake)
+        self._wake = -1
+        self._kicks = {}
+        self._ready = lambda mask: None
+        self.details = dict
+        self.on_broken = lambda reason: None
+        self._pairs, self._transmit, self._places, self._fast_places = [], [], [], []
+        del self._receive
+        self._memory = GuestMemory()

@@ -55,7 +55,8 @@ class GuestMemory:
     their last user lets go.
     """
 
-    def __init__(self, mapped: Sequence[Mapped] = ()) -> None:
+    def __init__(self, mapped: Sequence[Mapped] = (), *, removed: tuple[int, int, int] | None = None) -> None:
+        self._removed = removed
         self.regions = sorted(mapped, key=lambda one: one.start - one.end)
 
     @classmethod
@@ -67,7 +68,10 @@ class GuestMemory:
         return memory
 
     def with_region(self, region: Region, descriptor: int) -> GuestMemory:
-        """These and one more. Raises `Unmappable`."""
+        """These and one more; the same ones if it is there already, for QEMU tells of each region once for every queue pair.
+        Raises `Unmappable`."""
+        if any(one.region == region for one in self.regions):
+            return self
         if len(self.regions) >= MAX_SLOTS:
             raise Unmappable(f"there are {MAX_SLOTS} memory regions already")
         if not 0 < region.size <= LARGEST:
@@ -84,15 +88,15 @@ class GuestMemory:
         return GuestMemory([*self.regions, _map(region, descriptor)])
 
     def without_region(self, region: Region) -> GuestMemory:
-        """All but the one at the same place. Raises `Unmappable` when there is none."""
-        same = [
-            one
-            for one in self.regions
-            if (one.region.guest, one.region.size, one.region.user) == (region.guest, region.size, region.user)
-        ]
-        if not same:
-            raise Unmappable(f"no memory region of {region.size} octets at guest address {region.guest:#x}")
-        return GuestMemory([one for one in self.regions if one is not same[0]])
+        """All but the one at the same place; the same ones where it was taken away for another queue pair just before. Raises
+        `Unmappable` when there was none."""
+        place = _place(region)
+        kept = [one for one in self.regions if _place(one.region) != place]
+        if len(kept) < len(self.regions):
+            return GuestMemory(kept, removed=place)
+        if place == self._removed:
+            return self
+        raise Unmappable(f"no memory region of {region.size} octets at guest address {region.guest:#x}")
 
     @property
     def vanished(self) -> bool:
@@ -120,6 +124,10 @@ class GuestMemory:
     def describe(self) -> list[str]:
         """The regions, for people."""
         return [f"{one.start:#x}-{one.end:#x}" for one in sorted(self.regions)]
+
+
+def _place(region: Region) -> tuple[int, int, int]:
+    return region.guest, region.size, region.user
 
 
 def _map(region: Region, descriptor: int) -> Mapped:
