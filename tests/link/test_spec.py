@@ -72,7 +72,7 @@ def test_other_spellings_mean_the_same(text: str, same: str) -> None:
         ("qemu", "SCHEME:ADDRESS"),
         ("/run/net.sock", "one of the schemes"),
         ("ethernet:/x", "one of the schemes"),
-        ("vhost-user:run/vhost.sock,mode=server", "write vhost-user:/PATH"),
+        ("vhost-user:vhost.sock,mode=server", "write vhost-user:/PATH"),
         ("vhost-user:tcp:127.0.0.1:1", "write vhost-user:/PATH"),
         ("vhost-user:/x,mode=sideways", "mode=server or mode=client"),
         ("vhost-user:connect:/x,mode=server", "contradict each other"),
