@@ -75,6 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         cases = [CASES[name] for name in _chosen(arguments.cases, CASES, "case")]
         kinds = [GUESTS[name] for name in _chosen(arguments.peers, GUESTS, "peer")]
+        kinds = [kind for kind in kinds if any(runner.takes_part(kind, case) for case in cases)]
+        if not kinds:
+            raise SetupError("none of these peers takes part in any of these cases")
         missing = {kind.name: reason for kind in kinds if (reason := kind.missing())}
         for name, reason in missing.items():
             say(f"{name} is left out: {reason}")
@@ -92,13 +95,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         say("interrupted: what there is")
         interrupted = True
     outcome.unavailable.update(missing)
-    guests = [kind.name for kind in kinds]
+    guests = [kind.name for kind in kinds if not kind.is_machine]
+    machines = [kind.name for kind in kinds if kind.is_machine]
     verdicts = report.judge(outcome.runs)
     lines = report.records(outcome.runs)
     if arguments.baseline is not None:
         lines = report.against_baseline(lines, runner.load(arguments.baseline))
     for table in (
         report.main_table(outcome.runs, guests),
+        report.main_table(outcome.runs, machines),
         report.ratio_table(outcome.runs, guests),
         report.verdict_table(verdicts),
         report.baseline_table(lines),

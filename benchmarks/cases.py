@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from benchmarks.build import SetupError, build
-from benchmarks.guests import Guest, Servers
+from benchmarks.guests import Guest, PyvpnkitVm, Servers
 from benchmarks.namespaces import HostNamespace
 from benchmarks.processes import Cpu, end
+from netstack.errors import HostError
 
 Metrics = dict[str, float]
 Result = TypeVar("Result")
@@ -28,6 +29,10 @@ IDLE_FLOWS = 10_000
 PACED_RATE = 20_000
 DNS_WINDOW = 32
 GIB = float(1 << 30)
+DOWN_OCTETS = 256 << 20
+UP_OCTETS = 64 << 20
+"""Twice in the machine's memory, which is 256 MiB: as a file, and in wget."""
+UP_FILE = "/tmp/up"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +65,7 @@ class Case:
     bulk: bool = False
     needs_backend: bool = False
     needs_dhcp: bool = False
+    machine: bool = False
     help: str
 
 
@@ -107,7 +113,7 @@ def with_kicks(guest: Guest, run: Callable[[], Result]) -> tuple[Result, Metrics
     before = guest.counters()
     result = run()
     after = guest.counters()
-    return result, frames_per_kick({name: after[name] - before[name] for name in after})
+    return result, frames_per_kick({name: after[name] - before.get(name, 0) for name in after})
 
 
 def frames_per_kick(counted: Mapping[str, int]) -> Metrics:
@@ -249,11 +255,41 @@ def idle_flows(guest: Guest, at: Conditions) -> Metrics:
             end(holder)
 
 
+def machine_transfer(down: bool) -> Callable[[Guest, Conditions], Metrics]:
+    """A file by the wget of a machine's busybox: to /dev/null, and what lies in its memory. By the host's clock, from the command
+    to its prompt."""
+
+    def run(guest: Guest, at: Conditions) -> Metrics:
+        assert isinstance(guest, PyvpnkitVm)
+        octets = DOWN_OCTETS if down else UP_OCTETS
+
+        def transfer() -> dict[str, Any]:
+            begun = time.monotonic()
+            if down:
+                guest.fetch(at.servers, octets, "/dev/null")
+            elif (arrived := guest.post(at.servers, UP_FILE)) != octets:
+                raise CaseFailed(f"{arrived} of {octets} octets arrived")
+            return {"seconds": time.monotonic() - begun}
+
+        try:
+            if not down and guest.shell(f"[ -e {UP_FILE} ] || echo none", 5.0):
+                guest.fetch(at.servers, UP_OCTETS, UP_FILE)
+            (report, cpu), kicks = with_kicks(guest, lambda: with_cpu(guest, transfer))
+        except HostError as error:
+            raise CaseFailed(str(error)) from None
+        return {"gbit_s": octets * 8 / report["seconds"] / 1e9, **cost(cpu, "cpu_s_per_gib", octets / GIB), **kicks}
+
+    return run
+
+
 def wait_reachable(guest: Guest, at: Conditions, limit_s: float = 15.0) -> None:
     """Until the guest gets an octet echoed by the server on the host; raises `SetupError`."""
     try:
-        client(guest.probe(at.servers, limit_s), limit_s + 5)
-    except CaseFailed as error:
+        if isinstance(guest, PyvpnkitVm):
+            guest.fetch(at.servers, 1, "/dev/null", limit_s)
+        else:
+            client(guest.probe(at.servers, limit_s), limit_s + 5)
+    except (CaseFailed, HostError) as error:
         raise SetupError(f"{guest.label}: {error}\n{guest.log_tail() if guest.measured else ''}") from None
 
 
@@ -280,6 +316,9 @@ def _cases() -> dict[str, Case]:
         Case(name="idle", run=idle, fresh=True, needs_backend=True, help="memory and CPU of an idle daemon"),
         Case(name="flows", run=idle_flows, fresh=True, needs_backend=True, help="memory with 10,000 idle TCP flows"),
     ]
+    for direction in ("up", "down"):
+        text = f"wget in a machine of QEMU's, {_words(direction)}"
+        cases.append(Case(name=f"vm_{direction}", run=machine_transfer(direction == "down"), machine=True, help=text))
     return {case.name: case for case in cases}
 
 

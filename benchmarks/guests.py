@@ -12,10 +12,12 @@ port scan runs during the measurement. The gateway's address of the host namespa
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -26,6 +28,9 @@ from typing import Any
 from benchmarks.build import SetupError, build
 from benchmarks.namespaces import HostNamespace, Namespace
 from benchmarks.processes import Cpu, end, tree_cpu_seconds, tree_rss_mib
+from netstack.errors import HostError
+from pyvpnkit import boot
+from pyvpnkit import machine as qemu
 
 ROOT = Path(__file__).resolve().parent.parent
 JUMBO = 65520
@@ -61,6 +66,8 @@ class Guest(ABC):
     offers_dhcp = False
     only_bulk = False
     """Nothing but TCP bulk can be run in it."""
+    is_machine = False
+    """It has cases of its own, and can run nothing else; nor can any other guest run those."""
     interface = "eth0"
     """Of the guest."""
 
@@ -440,6 +447,111 @@ class PyvpnkitRingTcp(_Pyvpnkit, Guest):
         return Moved(bits_per_second=report["bits_per_second"], octets=report["total"], counters=dict(report))
 
 
+class PyvpnkitVm(_Pyvpnkit, Guest):
+    """Our daemon on vhost-user, and a machine: QEMU without KVM, Debian's kernel, virtio-net, busybox (`pyvpnkit.boot`).
+
+    It is told what to do on its console; no program of ours runs inside.
+    """
+
+    name = "pyvpnkit-vm"
+    scheme = "vhost-user"
+    is_machine = True
+    machine: qemu.Machine | None = None
+
+    @staticmethod
+    def card(path: str) -> qemu.Card:
+        return qemu.shared_ring(path)
+
+    @classmethod
+    def missing(cls) -> str | None:
+        for program in (qemu.QEMU, "setpriv"):
+            if shutil.which(program) is None:
+                return f"{program} is not on PATH"
+        try:
+            with tempfile.TemporaryDirectory() as scratch:
+                boot.parts(Path(scratch), boot.cache())  # downloads the kernel, the first time
+        except HostError as error:
+            return str(error)
+        return None
+
+    @property
+    def socket(self) -> Path:
+        return self.directory / f"{self.label}.sock"
+
+    def launch(self, *, bare: bool = False) -> None:
+        self.run_backend(*self.command(f"{self.scheme}:{self.socket}"), cwd=ROOT)
+
+    def attach(self) -> None:
+        """Boot, and wait for the lease that the machine takes."""
+        self.wait_for("the socket", self.socket.exists)
+        try:
+            command = qemu.command(boot.parts(self.directory, boot.cache()), self.card(str(self.socket)))
+            self.machine = qemu.Machine(self.inside(*command))
+            self.machine.wait_up()
+        except HostError as error:
+            raise SetupError(f"{self.label}: {error}\n{self.log_tail()}") from None
+        if not self.machine.address:
+            raise SetupError(f"{self.label} has no lease:\n{self.machine.said()}\n{self.log_tail()}")
+
+    def probe(self, servers: Servers, limit_s: float) -> list[str]:
+        raise NotImplementedError("it is asked on its console")
+
+    def shell(self, line: str, limit_s: float) -> str:
+        """What a line of shell prints in the machine. Raises `pyvpnkit.machine.MachineError` where it fails."""
+        if self.machine is None:
+            raise SetupError(f"{self.label} was not booted")
+        return self.machine.run(line, limit_s=limit_s)
+
+    def fetch(self, servers: Servers, octets: int, file: str, limit_s: float = 60.0) -> None:
+        """From the host's server into a file, all of it: wget fails where it ends early."""
+        self.shell(f"wget -q -O {file} http://{self.server}:{servers.netload}/{octets}", limit_s)
+
+    def post(self, servers: Servers, file: str, limit_s: float = 60.0) -> int:
+        """A file to the host's server; how many octets that says it got. Not one with a NUL: wget takes it for a text."""
+        return int(self.shell(f"wget -q -O - --post-file {file} http://{self.server}:{servers.netload}/", limit_s))
+
+    def counters(self) -> dict[str, int]:
+        """Frames and kicks, from the daemon's summary; empty where its link counts none."""
+        assert self.backend is not None
+        before = self.log.stat().st_size
+        counted: list[dict[str, int]] = []
+
+        def told() -> bool:
+            found = link_counters(self.log.read_bytes()[before:].decode(errors="replace"))
+            counted.extend([] if found is None else [found])
+            return bool(counted)
+
+        self.backend.send_signal(signal.SIGUSR1)
+        self.wait_for("the daemon's summary", told)
+        return counted[0]
+
+    def stop(self) -> None:
+        if self.machine is not None:
+            self.machine.kill()
+        super().stop()
+
+
+class PyvpnkitVmStream(PyvpnkitVm):
+    """The same machine, on a stream socket."""
+
+    name = "pyvpnkit-vm-stream"
+    scheme = "qemu"
+
+    @staticmethod
+    def card(path: str) -> qemu.Card:
+        return qemu.stream(path)
+
+
+def link_counters(summary: str) -> dict[str, int] | None:
+    """Frames and kicks of the link in the summary that SIGUSR1 brings; empty where it counts none, or is not there; None while
+    the summary has not come as far."""
+    links = re.search(r"^links: \S+\n((?:  .*\n)*)(?=\S)", summary, re.MULTILINE)
+    if links is None:
+        return None
+    told = re.search(r" frames_outbound=(\d+) kicks=(\d+) ", links[1])
+    return {"frames_out": int(told[1]), "kicks_out": int(told[2])} if told else {}
+
+
 class PasstRing(Ring):
     """passt on vhost-user, at the MTU that it gives its guests."""
 
@@ -496,6 +608,8 @@ GUESTS: dict[str, type[Guest]] = {
         PyvpnkitRingTcp,
         PyvpnkitQemu,
         PyvpnkitQemuJumbo,
+        PyvpnkitVm,
+        PyvpnkitVmStream,
     )
 }
 BY_DEFAULT = tuple(name for name in GUESTS if name != PyvpnkitPacket.name)

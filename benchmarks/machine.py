@@ -62,6 +62,7 @@ def describe() -> dict[str, Any]:
         "pasta": _version("pasta", "--version"),
         "slirp4netns": _version("slirp4netns", "--version"),
         "gvproxy": _version("gvproxy", "-version"),
+        "qemu": _version("qemu-system-x86_64", "--version"),
     }
 
 
@@ -72,7 +73,9 @@ def text(about: dict[str, Any]) -> str:
         build["pgo"]
     ]
     lto = ", LTO" if build["lto"] else ""
-    peers = ", ".join(f"{name} {about[name]}" for name in ("pasta", "slirp4netns", "gvproxy", "iperf3") if about[name])
+    peers = ", ".join(
+        f"{name} {about[name]}" for name in ("pasta", "slirp4netns", "gvproxy", "iperf3", "qemu") if about[name]
+    )
     return (
         f"Python {build['version']} ({pgo}{lto})\n"
         f"  {build['executable']}; configured with: {build['config_args'] or 'unknown'}\n"

@@ -117,6 +117,7 @@ def _requirements() -> tuple[Requirement, ...]:
     need(tap, "startup", "offer_s", at_most=0.5)
     need(qemu, "startup", "offer_s", at_most=0.5)
     need(tap, "flows", "rss_mib", at_most=120.0)
+    need("pyvpnkit-vm", "vm_down", "gbit_s", at_least=1.0, reference="pyvpnkit-vm-stream")
     return tuple(found)
 
 
@@ -226,7 +227,7 @@ def layout(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def main_table(runs: Runs, guests: Sequence[str]) -> str:
-    """Medians: a row per case and metric, a column per guest."""
+    """Medians: a row per case and metric, a column per guest; empty without figures."""
     rows = []
     for case, by_guest in runs.items():
         for metric in UNITS:
@@ -235,7 +236,7 @@ def main_table(runs: Runs, guests: Sequence[str]) -> str:
             if not shown or metric in ONLY_IN_JSON or (metric in ONLY_WHEN_NOT_ZERO and not any(shown)):
                 continue
             rows.append([f"{case}  {UNITS[metric]}", *(figure(values.get(guest)) for guest in guests)])
-    return layout(["median", *guests], rows)
+    return layout(["median", *guests], rows) if rows else ""
 
 
 def ratio_table(runs: Runs, guests: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Runs the cases: guests that stay up for the whole run, rounds interleaved so that each comparison is within seconds.
+"""Runs the cases: guests that stay up from their first case on, rounds interleaved so that each comparison is within seconds.
 
 The order is case, round, guest: a slow minute of the machine hits every back-end of a case alike. Start-up and memory cases
 get a fresh back-end each.
@@ -84,27 +84,26 @@ def measure(
     """All cases with all guests, `rounds` times, into `outcome`. A guest that cannot be started is left out and named."""
     with contextlib.ExitStack() as stack:
         running: dict[str, Guest] = {}
-        if any(not case.fresh for case in cases):
-            for kind in kinds:
-                guest = kind(at.host, at.directory, kind.name)
-                stack.callback(guest.stop)
-                try:
-                    guest.start()
-                    wait_reachable(guest, at)
-                except SetupError as error:
-                    outcome.unavailable[kind.name] = str(error)
-                    say(f"{kind.name} is left out: {error}")
-                else:
-                    running[kind.name] = guest
+
+        def start(kind: type[Guest]) -> None:
+            guest = kind(at.host, at.directory, kind.name)
+            stack.callback(guest.stop)
+            try:
+                guest.start()
+                wait_reachable(guest, at)
+            except SetupError as error:
+                outcome.unavailable[kind.name] = str(error)
+                say(f"{kind.name} is left out: {error}")
+            else:
+                running[kind.name] = guest
+
         for case in cases:
+            taking_part = [kind for kind in kinds if takes_part(kind, case)]
+            for kind in taking_part:
+                if not case.fresh and kind.name not in running and kind.name not in outcome.unavailable:
+                    start(kind)
             for number in range(rounds):
-                for kind in kinds:
-                    if case.needs_backend and kind.name in ("loopback", "veth"):
-                        continue
-                    if kind.only_bulk and not case.bulk:
-                        continue
-                    if case.needs_dhcp and not kind.offers_dhcp:
-                        continue
+                for kind in taking_part:
                     if not case.fresh and kind.name not in running:
                         continue
                     outcome.runs.setdefault(case.name, {}).setdefault(kind.name, [])
@@ -120,6 +119,16 @@ def measure(
                     outcome.runs[case.name][kind.name].append(metrics)
                     short = ", ".join(f"{key} {value:.4g}" for key, value in list(metrics.items())[:3])
                     say(f"{case.name} {number + 1}/{rounds} {kind.name}: {short}")
+
+
+def takes_part(kind: type[Guest], case: Case) -> bool:
+    """Whether the case can be run in such a guest."""
+    return not (
+        case.machine != kind.is_machine
+        or (case.needs_backend and kind.name in ("loopback", "veth"))
+        or (kind.only_bulk and not case.bulk)
+        or (case.needs_dhcp and not kind.offers_dhcp)
+    )
 
 
 def _fresh(case: Case, kind: type[Guest], number: int, at: Conditions) -> Metrics:

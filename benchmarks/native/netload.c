@@ -16,6 +16,9 @@
  * What a TCP connection is for is told by its first octet: 'r' is echoed, 'c' is echoed and the connection closed. Behind
  * 'u' everything is thrown away until the client has no more; after 'd' octets come until then. Both end with how many it
  * were, without that first one, as 8 octets in network byte order. These have a thread each and move 128 KiB per call.
+ *
+ * For clients that only speak HTTP, as busybox's: `GET /N` brings N octets of text, `POST` is answered with how many
+ * octets its body had, in decimal. One request per connection, a thread each, calls as large as above.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -275,6 +278,7 @@ static void watch(int poller, int op, int fd, uint32_t events)
 }
 
 #define BULK 131072
+#define FIRST 65536 /* what is read to see what a connection is for */
 
 struct bulk {
 	int fd;
@@ -313,15 +317,66 @@ static void *serve_bulk(void *argument)
 	return NULL;
 }
 
-/* `size` octets of it were read. */
-static void start_bulk(int fd, char what, ssize_t size)
+struct web {
+	int fd;
+	size_t size;
+	char head[FIRST + 1]; /* and what of the body came with it */
+};
+
+static void *serve_web(void *argument)
 {
-	struct bulk *bulk = malloc(sizeof *bulk);
+	struct web *web = argument;
+	char *octets = malloc(BULK), *end, *told;
+	size_t room = sizeof web->head - 1;
+	ssize_t some = 1;
+	fcntl(web->fd, F_SETFL, 0);
+	while (!(end = strstr(web->head, "\r\n\r\n")) && web->size < room && some > 0) {
+		some = recv(web->fd, web->head + web->size, room - web->size, 0);
+		web->size += some > 0 ? (size_t)some : 0;
+	}
+	if (end && web->head[0] == 'G') {
+		uint64_t left = strncmp(web->head, "GET /", 5) ? 0 : strtoull(web->head + 5, NULL, 10);
+		dprintf(web->fd, "HTTP/1.1 200 OK\r\nContent-Length: %llu\r\nConnection: close\r\n\r\n", (unsigned long long)left);
+		memset(octets, 'x', BULK);
+		while (left && (some = send(web->fd, octets, left < BULK ? left : BULK, MSG_NOSIGNAL)) > 0)
+			left -= (uint64_t)some;
+	} else if (end) {
+		told = strcasestr(web->head, "\r\nContent-Length:");
+		uint64_t length = told && told < end ? strtoull(told + 17, NULL, 10) : 0;
+		uint64_t count = web->size - (size_t)(end + 4 - web->head);
+		while (count < length && (some = recv(web->fd, octets, BULK, 0)) > 0)
+			count += (uint64_t)some;
+		int digits = snprintf(octets, BULK, "%llu", (unsigned long long)count);
+		dprintf(web->fd, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s", digits, octets);
+	}
+	close(web->fd);
+	free(octets);
+	free(web);
+	return NULL;
+}
+
+static void start_thread(void *(*run)(void *), void *argument)
+{
 	pthread_t thread;
-	*bulk = (struct bulk){ fd, what, what == 'u' ? (uint64_t)size - 1 : 0 };
-	if (pthread_create(&thread, NULL, serve_bulk, bulk) != 0)
+	if (pthread_create(&thread, NULL, run, argument) != 0)
 		fail("pthread_create");
 	pthread_detach(thread);
+}
+
+/* `size` octets of it were read; they begin with what it is for. */
+static void start(int fd, const char *octets, size_t size)
+{
+	if (octets[0] == 'u' || octets[0] == 'd') {
+		struct bulk *bulk = malloc(sizeof *bulk);
+		*bulk = (struct bulk){ fd, octets[0], octets[0] == 'u' ? size - 1 : 0 };
+		start_thread(serve_bulk, bulk);
+	} else {
+		struct web *web = calloc(1, sizeof *web);
+		web->fd = fd;
+		web->size = size;
+		memcpy(web->head, octets, size);
+		start_thread(serve_web, web);
+	}
 }
 
 static int serve(char **args)
@@ -339,7 +394,7 @@ static int serve(char **args)
 	printf("{\"port\": %d}\n", ntohs(at.sin_port));
 	fflush(stdout);
 	struct epoll_event events[256];
-	char octets[65536];
+	char octets[FIRST];
 	for (;;) {
 		int ready = epoll_wait(poller, events, 256, -1);
 		for (int i = 0; i < ready; i++) {
@@ -354,9 +409,9 @@ static int serve(char **args)
 				}
 			} else {
 				ssize_t size = recv(fd, octets, sizeof octets, 0);
-				if (size > 0 && (octets[0] == 'u' || octets[0] == 'd')) {
+				if (size > 0 && memchr("udGP", octets[0], 4)) {
 					watch(poller, EPOLL_CTL_DEL, fd, 0);
-					start_bulk(fd, octets[0], size);
+					start(fd, octets, (size_t)size);
 					continue;
 				}
 				if (size > 0)

@@ -100,6 +100,7 @@ def test_the_tables_show_medians_ratios_and_verdicts() -> None:
     assert table[0].split() == ["pyvpnkit"] and table[1].split() == ["median", "veth", "tap"]  # heads break at a dash
     assert table[-1].split() == ["tcp_up_1", "Gbit/s", "20.00", "5.00"]
     assert "0.25" in report.ratio_table(measured, guests)
+    assert report.main_table(measured, ["pyvpnkit-vm"]) == ""
     verdicts = report.verdict_table(report.judge(measured))
     assert ">= 0.4 x veth" in verdicts and "8.00" in verdicts and "FAIL" in verdicts
     assert report.verdict_table([]) == ""
@@ -224,6 +225,35 @@ def test_a_paced_datagram_stream_arrives_whole_at_its_rate(port: int, verb: str)
 @needs_compiler
 def test_idle_connections_answer_when_asked_again(port: int) -> None:
     assert netload("idle", port, 50, 10)["alive"] == 50
+
+
+def asked(port: int, request: bytes, *, rest: bytes = b"") -> bytes:
+    """What the load server answers to a request over HTTP, whose `rest` comes later; it closes the connection."""
+    with socket.create_connection(("127.0.0.1", port), 10) as peer:
+        peer.sendall(request)
+        if rest:
+            threading.Event().wait(0.1)  # so that it is read by itself
+            peer.sendall(rest)
+        with peer.makefile("rb") as stream:
+            return stream.read()
+
+
+@needs_compiler
+@pytest.mark.parametrize("octets", [0, 1, 300_000])
+def test_the_load_server_sends_text_to_a_client_that_speaks_http(port: int, octets: int) -> None:
+    head, _, body = asked(port, b"GET /%d HTTP/1.1\r\nHost: here\r\n\r\n" % octets).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 ") and b"Content-Length: %d\r\n" % octets in head
+    assert body == b"x" * octets
+
+
+@needs_compiler
+@pytest.mark.parametrize("octets", [0, 10, 300_000])
+@pytest.mark.parametrize("first", ["POST", "the head but its end", "the head", "all"])
+def test_the_load_server_counts_what_is_posted(port: int, octets: int, first: str) -> None:
+    head, body = b"POST / HTTP/1.1\r\ncontent-length: %d\r\n\r\n" % octets, b"x" * octets
+    cut = {"POST": 4, "the head but its end": len(head) - 2, "the head": len(head), "all": len(head + body)}[first]
+    answer = asked(port, (head + body)[:cut], rest=(head + body)[cut:])
+    assert answer.endswith(b"\r\nConnection: close\r\n\r\n%d" % octets)
 
 
 @needs_compiler
