@@ -79,11 +79,13 @@ class Rings:
                 queue.publish()
 
     def give(self, publish: bool) -> None:
-        frame = self.rng.randbytes(self.rng.choice([60, 1514]))
-        if self.rng.random() < 0.5:
-            self.b.give(frame, one=self.rng.random() < 0.5)
+        rng = self.rng
+        frame = rng.randbytes(rng.choice([60, 1514]))
+        way = rng.randrange(4)
+        if way < 2:
+            self.b.give(frame, one=bool(way), publish=publish)
         else:
-            self.b.give_by_room(frame, spare=self.rng.choice([0, 3000]), publish=publish)
+            self.b.give_by_room(frame, spare=rng.choice([0, 3000]), native=way == 2, publish=publish)
 
     def spoil(self) -> None:
         """Octets of the rings change, between two looks of the device."""

@@ -175,7 +175,7 @@ class Bench:
             found += [(Header.unpack(frame[:head]), frame[head:]) for frame in frames]
         raise AssertionError("frames without an end")
 
-    def give(self, *frames: bytes, header: Header = NO_OFFLOAD, one: bool = False) -> int:
+    def give(self, *frames: bytes, header: Header = NO_OFFLOAD, one: bool = False, publish: bool = True) -> int:
         """Frames to the guest, as pieces or (`one`) each in one; how many the link took."""
         link = self.link
         assert link is not None, f"no link: {self.reasons}"
@@ -192,7 +192,8 @@ class Bench:
         except LinkDown as error:
             self._lost(link, error)
             return taken
-        link.publish()
+        if publish:
+            link.publish()
         return taken
 
     def give_by_room(

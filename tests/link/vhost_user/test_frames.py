@@ -238,6 +238,23 @@ def test_indexes_of_rings_of_any_size_wrap(bench: MakeBench, size: int) -> None:
     assert not b.reasons and b.drops == 0
 
 
+def test_looked_up_buffers_are_not_taken_for_those_a_round_of_the_index_later(bench: MakeBench) -> None:
+    b = bench(FULL, buffers=64, size=64, spread=False)
+    frame = random.Random(1).randbytes(1000)
+    assert b.give_by_room(frame, native=True)
+    b.nic.receive()
+    given = 1
+    while given < 65536 + 5:
+        batch = [given.to_bytes(4, "big") * 15] * min(7, 65536 + 5 - given)
+        assert b.give(*batch) == len(batch)
+        assert [each.frame for each in b.nic.receive()] == batch
+        given += len(batch)
+    assert b.give_by_room(frame, native=True)
+    assert b.nic.receive()[0].frame == frame
+    assert b.give(*[bytes(60)] * 64) == 64
+    assert len(b.nic.receive()) == 64
+
+
 def test_every_pair_carries_frames_and_answers_leave_by_the_pair_the_question_came_by(bench: MakeBench) -> None:
     b = bench(FULL | Feature.MQ.mask, pairs=4, size=32, buffers=16)
     for number in range(4):

@@ -71,6 +71,24 @@ def test_a_transfer_both_ways_is_octet_exact(world: MakeWorld, features: int, sp
     assert guest.model.bad_sums == 0
 
 
+def test_flows_by_several_queue_pairs_are_octet_exact(world: MakeWorld) -> None:
+    w = world()
+    guest = w.plug(FULL | Feature.MQ.mask, pairs=4, size=64, buffers=64)
+    up, down = pattern(200_000, 10), pattern(200_000, 11)
+    flows = []
+    for number in range(8):
+        guest.pair = number % 4
+        flows.append(w.connect(guest))
+    for number, (sock, far) in enumerate(flows):
+        guest.pair = number % 4
+        sock.send(up, w.now)
+        far.send(down)
+    assert w.run(lambda: all(len(f.received) == len(up) and len(s.received) == len(down) for s, f in flows), 120.0)
+    assert all(bytes(far.received) == up and bytes(sock.received) == down for sock, far in flows)
+    assert all(pair.rx.completed for pair in guest.nic.pairs), "answers leave by the pair the questions came by"
+    w.assert_sane()
+
+
 def test_a_small_ring_only_makes_it_slower(world: MakeWorld) -> None:
     w = world()
     for features in (PLAIN, FULL, FULL & ~Feature.MRG_RXBUF.mask):

@@ -57,12 +57,12 @@ def one_round(b: Bench, rng: random.Random, chains: int) -> None:
     for _ in range(chains):
         if b.link is None:
             return
-        way = rng.randrange(3)
+        way = rng.randrange(4)
         frame = bytes(rng.choice([60, 1514]))
         if way < 2:
             b.give(frame, one=bool(way))
         else:
-            b.give_by_room(frame, spare=rng.choice([0, 20_000]))
+            b.give_by_room(frame, spare=rng.choice([0, 20_000]), native=way == 3)
 
 
 def start_anew(b: Bench) -> None:

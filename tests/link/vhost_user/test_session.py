@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import socket
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.guest_memory import GuestMemory
-from tests.support.vhost_bench import Bench
+from tests.support.vhost_bench import Bench, count_descriptors
 from tests.support.vhost_front import FrontEnd, ProtocolFeature, Refused, Region, Request
 from tests.support.virtio_net import CHECKSUMS, FULL, PLAIN, SUPER_FRAMES, Feature, Header
 from tests.support.virtio_nic import Nic
@@ -287,6 +288,21 @@ def test_only_what_can_be_kept_is_offered(bench: MakeBench) -> None:
         assert not offered & feature.mask, feature.name
     for feature in (Feature.VERSION_1, Feature.MRG_RXBUF, Feature.EVENT_IDX, Feature.INDIRECT_DESC, Feature.MQ):
         assert offered & feature.mask, feature.name
+
+
+def test_a_connection_that_ended_lets_go_of_the_machines_memory_at_once(bench: MakeBench) -> None:
+    """Not at some later run of the garbage collector: it may be gigabytes."""
+    b = bench()
+    b.reconnect()
+    gc.collect()
+    before = count_descriptors()
+    gc.disable()
+    try:
+        for _ in range(3):
+            b.reconnect()
+        assert count_descriptors() == before
+    finally:
+        gc.enable()
 
 
 def test_two_machines_on_two_connections_know_nothing_of_each_other(bench: MakeBench) -> None:
