@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import logging
 import random
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 
 from tests.support.guest_memory import GuestMemory, OutOfMemory
 from tests.support.hostile_front import MESSAGES, Rogue, memory_added_again_and_again
@@ -30,9 +31,16 @@ def _features(rng: random.Random) -> int:
     return rng.choice([FULL, PLAIN, 0, PLAIN | RINGS, some])
 
 
-def _quietly() -> None:
-    """Thousands of refusals are not news."""
-    logging.getLogger("pyvpnkit.link").setLevel(logging.ERROR)
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Thousands of refusals are not news; afterwards they are again."""
+    logger = logging.getLogger("pyvpnkit.link")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 class Rings:
@@ -120,9 +128,9 @@ class Rings:
         self.b.memory.close()
 
 
+@_quietly()
 def z6_rings(rng: random.Random) -> None:
     """Chains, rings and headers of any kind, changed between any two looks; both directions, published or not."""
-    _quietly()
     rings = Rings(rng)
     for _ in range(50):
         try:
@@ -132,9 +140,9 @@ def z6_rings(rng: random.Random) -> None:
     rings.finish()
 
 
+@_quietly()
 def z7_messages(rng: random.Random) -> None:
     """Messages of any kind in any order, with any descriptors: answered or hung up on, and nothing of it is kept."""
-    _quietly()
     gc.collect()
     before = count_descriptors()
     memory = GuestMemory(((0x100000, 1 << 20), (0x300000, 1 << 20), (0x500000, 1 << 20)))

@@ -31,7 +31,7 @@ def test_a_scan_of_every_port_leaves_nothing(site: Site, listeners: set[int], ho
     require("nmap")
     before = site.daemon.descriptors()
     began = time.monotonic()
-    words = ["nmap", how, "-n", "-Pn", "-T5", "-p-", "--min-parallelism", "200", "--max-retries", "2", "-oG", "-", HOST]
+    words = ["nmap", how, "-n", "-Pn", "-T5", "-p-", "--min-parallelism", "200", "--max-retries", "6", "-oG", "-", HOST]
     said = site.guest.run(*words, limit_s=60).stdout
     took = time.monotonic() - began
     found = {int(port) for port in re.findall(r"(\d+)/open/tcp", said)}
