@@ -316,7 +316,11 @@ class Stack:
                 port.push()
             publish = port.publish
             if publish is not None and port.alive:
-                publish()
+                try:
+                    publish()
+                except Exception as error:  # contained: this link
+                    self._contain("link", error)
+                    port.down("internal error")
 
     def _run_rare(self, now: float) -> None:
         """Time-outs that are looked at each turn because each is one comparison."""

@@ -338,19 +338,12 @@ class VhostUserLink:
     def _sensible(self, frame: memoryview, octets: int) -> bool:
         """Whether a virtio-net header says something that was agreed on and can be; what does not is counted."""
         flags, gso_type, _length, gso_size, start, offset = _header(frame)
+        flags &= _NEEDS_CHECKSUM  # others are to be ignored (virtio 1.2, 5.1.6.2.2)
         gso_type &= ~_GSO_ECN
         good = (
-            not flags & ~_NEEDS_CHECKSUM
-            and (
-                not flags
-                or (
-                    self._offloads.partial_in
-                    and start >= ETHERNET_HEADER
-                    and start + offset + 2 <= octets - self.headroom
-                )
-            )
-            and (not gso_type or (flags and gso_size > 0 and gso_type in self._offloads.gso))
-        )
+            not flags
+            or (self._offloads.partial_in and start >= ETHERNET_HEADER and start + offset + 2 <= octets - self.headroom)
+        ) and (not gso_type or (flags and gso_size > 0 and gso_type in self._offloads.gso))
         if not good:
             self._counters.drops[Drop.OFFLOAD_HEADER] += 1
         return bool(good)
@@ -404,11 +397,13 @@ class VhostUserLink:
             room = queue.gather(octets, most)
             if room >= octets:
                 break
-            if room < self._shortest and queue.taken_heads and most == 1:
-                queue.use(queue.taken_heads, [], 0)  # a chain that is too short for any frame
-            elif room and (most == 1 or len(queue.taken_heads) == queue.size):
-                self._counters.drops[Drop.FRAME_LONG] += 1  # the guest leaves no room for such a frame
-                return True
+            if queue.taken_heads and (most == 1 or len(queue.taken_heads) == queue.size):
+                # The guest leaves no room for such a frame. A single chain goes back, or it would stand in the way of all others.
+                if most == 1:
+                    queue.use(queue.taken_heads, [], 0)
+                if room >= self._shortest:
+                    self._counters.drops[Drop.FRAME_LONG] += 1
+                    return True
             elif not queue.listen(queue.seen):
                 return False
             else:

@@ -134,19 +134,11 @@ class SplitQueue:
 
     def heads(self, most: int) -> list[int]:
         """Take the heads of at most `most` chains. Each is to be used up by `complete`."""
-        at = self.next
-        index = self._available[1]
-        count = (index - at) & 0xFFFF
+        count = min(self.waiting(), most)
         if not count:
             return []
-        size = self.size
-        if (index - self._first_free) & 0xFFFF > size:
-            self._jumped(index)
-        barrier.ordered()
-        if count > most:
-            count = most
         heads = self.heads_after(0, count)
-        self.next = (at + count) & 0xFFFF
+        self.next = (self.next + count) & 0xFFFF
         self.total += count
         return heads
 
@@ -166,16 +158,20 @@ class SplitQueue:
 
     def waiting(self) -> int:
         """How many entries may be taken; looks at the driver's index again."""
-        index = self.seen = self._available[1]
-        if (index - self._first_free) & 0xFFFF > self.size:
-            self._jumped(index)
-        barrier.ordered()
+        index = self._available[1]
+        seen = self.seen
+        if index != seen:
+            # It moves forward only, and never further than there are entries that are not used up.
+            if (index - seen) & 0xFFFF > self.size - ((seen - self._first_free) & 0xFFFF):
+                self._jumped(index)
+            self.seen = index
+            barrier.ordered()
         return (index - self.next) & 0xFFFF
 
     def _jumped(self, index: int) -> None:
         raise Broken(
-            f"ring {self.number}: the available index is {index}, with {self._first_free} as the used one and a size of "
-            f"{self.size}"
+            f"ring {self.number}: the available index went from {self.seen} to {index}, where {self._first_free} is the used one "
+            f"and {self.size} the size"
         )
 
     def listen(self, index: int) -> bool:
