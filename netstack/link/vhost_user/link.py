@@ -37,6 +37,9 @@ BATCH: Final = 64
 LONG_BATCH: Final = 8
 """The same while they are long: half a window of TCP, so that the guest goes on while we still send."""
 
+SHOWN_EARLY: Final = 8
+"""Short frames that the guest is shown in the middle of a round, so that it works while we do."""
+HEADERS_REMEMBERED: Final = 256
 LOOKS: Final = 4
 """How often room is looked for again because the guest made some meanwhile."""
 SMALL: Final = 512
@@ -50,6 +53,9 @@ _header: Final = Struct("<BBHHHH").unpack_from
 """Flags, gso_type, hdr_len, gso_size, csum_start, csum_offset (virtio 1.2, 5.1.6)."""
 _NEEDS_CHECKSUM: Final = 1
 _GSO_ECN: Final = 0x80
+_HEADER: Final = 10
+"""Octets of a virtio-net header that say something to us."""
+_NEVER: Final = 1 << 30
 _PORTS: Final = 34
 """Where the source port of TCP and UDP begins in an Ethernet frame with IPv4 without options; the destination's is 2 further."""
 
@@ -155,6 +161,8 @@ class VhostUserLink:
         """Told once when the guest's rings turn out to be broken, just before `LinkDown`."""
         self._down = ""
         self._batch = BATCH
+        self._sensible_from: dict[bytes, int] = {}
+        """How long a frame must be for a header that was found sensible; guests use few different ones."""
         self._steer = bytearray(256)
         """By the low octet of a guest's port: the queue pair of its frames."""
         self._pairs: list[tuple[SplitQueue, SplitQueue]] = []
@@ -287,6 +295,7 @@ class VhostUserLink:
         unpack = _unpack
         shortest, longest = self._shortest, self._longest
         append = found.append
+        sensible = self._sensible_from
         for head in heads:
             address, octets, flags, _next = unpack(descriptors, head << 4)
             if not flags and low <= address and address + octets <= high:
@@ -294,9 +303,10 @@ class VhostUserLink:
                     if octets < shortest:
                         self._counters.drops[Drop.FRAME_SHORT] += 1
                         continue
-                    frame = memoryview(bytes(region[address - low : address - low + octets]))
-                    if (frame[0] or frame[1]) and not self._sensible(frame, octets):
+                    copy = bytes(region[address - low : address - low + octets])
+                    if octets < sensible.get(copy[:_HEADER], _NEVER) and not self._sensible(copy, octets):
                         continue
+                    frame = memoryview(copy)
                     append(frame)
                     if self._several and octets > _PORTS + shortest:
                         self._steer[frame[self.headroom + _PORTS + 1]] = number
@@ -309,21 +319,16 @@ class VhostUserLink:
                 self._counters.drops[Drop.FRAME_SHORT if octets < shortest else Drop.FRAME_LONG] += 1
                 continue
             if octets <= SMALL:
-                frame = memoryview(b"".join(pieces))
-                if (frame[0] or frame[1]) and not self._sensible(frame, octets):
-                    continue
-                append(frame)
-                at = frame
+                first = b"".join(pieces)
             else:
                 first = bytes(pieces[0][:HEAD])
                 if len(first) < HEAD:
                     first = self._head_of(pieces)
-                at = memoryview(first)
-                if (first[0] or first[1]) and not self._sensible(at, octets):
-                    continue
-                append(Scattered(first, pieces, octets))
+            if octets < sensible.get(first[:_HEADER], _NEVER) and not self._sensible(first, octets):
+                continue
+            append(memoryview(first) if octets <= SMALL else Scattered(first, pieces, octets))
             if self._several and octets > _PORTS + shortest:
-                self._steer[at[self.headroom + _PORTS + 1]] = number
+                self._steer[first[self.headroom + _PORTS + 1]] = number
 
     @staticmethod
     def _head_of(pieces: list[memoryview]) -> bytes:
@@ -335,18 +340,23 @@ class VhostUserLink:
                 break
         return head
 
-    def _sensible(self, frame: memoryview, octets: int) -> bool:
+    def _sensible(self, frame: bytes, octets: int) -> bool:
         """Whether a virtio-net header says something that was agreed on and can be; what does not is counted."""
         flags, gso_type, _length, gso_size, start, offset = _header(frame)
         flags &= _NEEDS_CHECKSUM  # others are to be ignored (virtio 1.2, 5.1.6.2.2)
         gso_type &= ~_GSO_ECN
-        good = (
-            not flags
-            or (self._offloads.partial_in and start >= ETHERNET_HEADER and start + offset + 2 <= octets - self.headroom)
-        ) and (not gso_type or (flags and gso_size > 0 and gso_type in self._offloads.gso))
-        if not good:
+        shortest = self.headroom + start + offset + 2 if flags else 0
+        if (
+            (flags and (not self._offloads.partial_in or start < ETHERNET_HEADER))
+            or (gso_type and not (flags and gso_size and gso_type in self._offloads.gso))
+            or octets < shortest
+        ):
             self._counters.drops[Drop.OFFLOAD_HEADER] += 1
-        return bool(good)
+            return False
+        if len(self._sensible_from) >= HEADERS_REMEMBERED:
+            self._sensible_from.clear()
+        self._sensible_from[frame[:_HEADER]] = shortest
+        return True
 
     # -- to the guest
 
@@ -384,6 +394,8 @@ class VhostUserLink:
                     address -= queue.low
                     queue.region[address : address + length] = frame
                     queue.used_next(head, length)
+                    if len(queue.done) >= SHOWN_EARLY:
+                        queue.publish()
                     return True
             return self._put(queue, frame)
         except Broken as error:
