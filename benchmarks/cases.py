@@ -62,7 +62,8 @@ class Case:
     name: str
     run: Callable[[Guest, Conditions], Metrics]
     fresh: bool = False
-    bulk: bool = False
+    lasting: bool = False
+    """TCP over connections that stay."""
     needs_backend: bool = False
     needs_dhcp: bool = False
     machine: bool = False
@@ -144,7 +145,7 @@ def tcp(streams: int, down: bool) -> Callable[[Guest, Conditions], Metrics]:
             **cost(cpu, "cpu_s_per_gib", moved.octets / GIB),
             **memory,
             **kicks,
-            **frames_per_kick(moved.counters),
+            **frames_per_kick(guest.counted(report)),
         }
 
     return run
@@ -152,16 +153,18 @@ def tcp(streams: int, down: bool) -> Callable[[Guest, Conditions], Metrics]:
 
 def operations(verb: str, connections: int) -> Callable[[Guest, Conditions], Metrics]:
     def run(guest: Guest, at: Conditions) -> Metrics:
-        def load() -> dict[str, Any]:
-            return netload(
-                guest, verb, guest.server, at.servers.netload, connections, at.seconds, limit_s=at.seconds + 20
-            )
-
-        (report, cpu), kicks = with_kicks(guest, lambda: with_cpu(guest, load))
+        command = guest.operations(verb, at.servers, connections=connections, seconds=at.seconds)
+        (report, cpu), kicks = with_kicks(guest, lambda: with_cpu(guest, lambda: client(command, at.seconds + 20)))
         if not report["operations"]:
             raise CaseFailed("not one operation")
         told = {name: float(report[name]) for name in ("p50_us", "p99_us", "errors")}
-        return {"per_s": report["rate"], **told, **cost(cpu, "cpu_us_per_op", report["operations"]), **kicks}
+        return {
+            "per_s": report["rate"],
+            **told,
+            **cost(cpu, "cpu_us_per_op", report["operations"]),
+            **kicks,
+            **frames_per_kick(guest.counted(report)),
+        }
 
     return run
 
@@ -299,13 +302,14 @@ def _cases() -> dict[str, Case]:
         for streams in (1, 4):
             text = f"TCP bulk, {streams} stream{'s' * (streams > 1)}, {_words(direction)}"
             name = f"tcp_{direction}_{streams}"
-            cases.append(Case(name=name, run=tcp(streams, direction == "down"), bulk=True, help=text))
+            cases.append(Case(name=name, run=tcp(streams, direction == "down"), lasting=True, help=text))
     for verb, connections, text in (
         ("rr", 1, "one-octet request/response, 1 connection"),
         ("rr", 16, "the same, 16 connections"),
         ("crr", 16, "connect, one octet each way, close; 16 in parallel"),
     ):
-        cases.append(Case(name=f"{verb}_{connections}", run=operations(verb, connections), help=text))
+        run = operations(verb, connections)
+        cases.append(Case(name=f"{verb}_{connections}", run=run, lasting=verb == "rr", help=text))
     for direction in ("up", "down"):
         for size in (64, 1400):
             text = f"UDP, {size} octets, {_words(direction)}: highest rate, and loss at 20,000 a second"

@@ -51,8 +51,6 @@ class Moved:
     bits_per_second: float
     octets: float
     """From the first to the last; what CPU is charged to."""
-    counters: Mapping[str, int]
-    """As `Guest.counters`, of this transfer, where the client itself is the network card."""
 
 
 class Guest(ABC):
@@ -64,8 +62,8 @@ class Guest(ABC):
     resolver: str
     """Where the guest asks for names; the answers come from the run's own server on the host."""
     offers_dhcp = False
-    only_bulk = False
-    """Nothing but TCP bulk can be run in it."""
+    only_lasting = False
+    """Nothing but TCP over connections that stay can be run in it."""
     is_machine = False
     """It has cases of its own, and can run nothing else; nor can any other guest run those."""
     interface = "eth0"
@@ -137,7 +135,16 @@ class Guest(ABC):
 
     def moved(self, report: Mapping[str, Any]) -> Moved:
         total = report["end"]["sum_received"]
-        return Moved(bits_per_second=total["bits_per_second"], octets=total["bytes"], counters={})
+        return Moved(bits_per_second=total["bits_per_second"], octets=total["bytes"])
+
+    def operations(self, verb: str, servers: Servers, *, connections: int, seconds: float) -> list[str]:
+        """The command line for round trips, `verb` (of `netload.c`), that prints JSON as `netload` does."""
+        where = (self.server, str(servers.netload))
+        return self.inside(str(build("netload")), verb, *where, str(connections), str(seconds))
+
+    def counted(self, report: Mapping[str, Any]) -> Mapping[str, int]:
+        """As `counters`, of the client's run alone, where the client itself is the network card."""
+        return {}
 
     def spawn(self, *command: str, cwd: Path | None = None) -> subprocess.Popen[str]:
         with self.log.open("a") as log:
@@ -417,11 +424,11 @@ class PyvpnkitRing(_Pyvpnkit, Ring):
 
 
 class PyvpnkitRingTcp(_Pyvpnkit, Guest):
-    """The same link, and behind it a TCP in the memory of the rings: `ringload`, started anew for each transfer."""
+    """The same link, and behind it a TCP in the memory of the rings: `ringload`, started anew for each run."""
 
     name = "pyvpnkit-ring-tcp"
     offers_dhcp = False
-    only_bulk = True
+    only_lasting = True
 
     @property
     def socket(self) -> Path:
@@ -440,11 +447,21 @@ class PyvpnkitRingTcp(_Pyvpnkit, Guest):
         return self.bulk(servers, streams=1, down=False, seconds=0)
 
     def bulk(self, servers: Servers, *, streams: int, down: bool, seconds: float) -> list[str]:
-        where = (str(self.socket), "down" if down else "up", self.server, str(servers.netload))
-        return [str(build("ringload")), *where, str(streams), str(seconds)]
+        return self._ringload("down" if down else "up", servers, streams, seconds)
 
     def moved(self, report: Mapping[str, Any]) -> Moved:
-        return Moved(bits_per_second=report["bits_per_second"], octets=report["total"], counters=dict(report))
+        return Moved(bits_per_second=report["bits_per_second"], octets=report["total"])
+
+    def operations(self, verb: str, servers: Servers, *, connections: int, seconds: float) -> list[str]:
+        assert verb == "rr"
+        return self._ringload(verb, servers, connections, seconds)
+
+    def counted(self, report: Mapping[str, Any]) -> Mapping[str, int]:
+        return {name: report[name] for name in ("frames_out", "kicks_out")}
+
+    def _ringload(self, verb: str, servers: Servers, streams: int, seconds: float) -> list[str]:
+        where = (str(self.socket), verb, self.server, str(servers.netload))
+        return [str(build("ringload")), *where, str(streams), str(seconds)]
 
 
 class PyvpnkitVm(_Pyvpnkit, Guest):

@@ -126,7 +126,7 @@ def takes_part(kind: type[Guest], case: Case) -> bool:
     return not (
         case.machine != kind.is_machine
         or (case.needs_backend and kind.name in ("loopback", "veth"))
-        or (kind.only_bulk and not case.bulk)
+        or (kind.only_lasting and not case.lasting)
         or (case.needs_dhcp and not kind.offers_dhcp)
     )
 

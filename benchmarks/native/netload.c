@@ -46,6 +46,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "latency.h"
+
 #define NANO 1000000000ull
 #define BATCH 64
 #define DATAGRAM_MAX 65536
@@ -100,27 +102,6 @@ static void tune_udp(int fd)
 {
 	set_int(fd, SOL_SOCKET, SO_RCVBUFFORCE, 8 << 20);
 	set_int(fd, SOL_SOCKET, SO_SNDBUFFORCE, 4 << 20);
-}
-
-/* Latencies: 16 buckets per power of two, so a percentile is right within 6 %. */
-static uint64_t buckets[64 * 16], samples;
-
-static void sample(uint64_t ns)
-{
-	int power = 63 - __builtin_clzll(ns | 16);
-	buckets[power * 16 + ((ns >> (power - 4)) & 15)]++;
-	samples++;
-}
-
-static double percentile_us(double fraction)
-{
-	uint64_t seen = 0;
-	for (int i = 0; i < 64 * 16; i++) {
-		seen += buckets[i];
-		if (seen && seen >= fraction * samples)
-			return (16 + i % 16) * (double)(1ull << (i / 16)) / 16 / 1000;
-	}
-	return 0;
 }
 
 /* ---- UDP: what crosses ---------------------------------------------------------------------------------------- */

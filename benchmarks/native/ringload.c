@@ -1,6 +1,6 @@
-/* ringload: bulk TCP by a guest that has no kernel, at the speed of the rings.
+/* ringload: TCP, in bulk or octet by octet, by a guest that has no kernel, at the speed of the rings.
  *
- *   ringload [OPTIONS] SOCKET up|down ADDRESS PORT STREAMS SECONDS
+ *   ringload [OPTIONS] SOCKET up|down|rr ADDRESS PORT STREAMS SECONDS
  *
  *   --ring N           descriptors of each virtqueue, a power of two [256]
  *   --rx-size N        octets of a receive buffer [4096]; several make up a frame
@@ -13,7 +13,8 @@
  *
  * Stands in for a guest and the load program in it, with `netload serve` at ADDRESS and PORT: opens STREAMS connections,
  * moves octets for SECONDS in one direction, closes in good order, compares the server's count with its own and prints one
- * line of JSON. With SECONDS 0 it is over as soon as all are open.
+ * line of JSON. With SECONDS 0 it is over as soon as all are open. `rr` is that of netload: on every connection one octet,
+ * its answer, and the next.
  *
  * It costs what the protocol costs and nothing else: without --copy no payload is copied, written or looked at here. What
  * goes up is sent from 4 MiB of memory, over and over; what comes down stays where the back-end put it until the buffer is
@@ -24,6 +25,7 @@
  *          After 3 duplicate ACKs, or 200 ms without progress, everything from SND.UNA on is sent again.
  *   down   a poll takes up to 64 frames, each of as many mergeable buffers as its header says; then one ACK per stream that
  *          got something, and the buffers are given back when more than half of such a budget is out.
+ *   rr     headers and octet in one descriptor, each made known by itself; the ACK of an answer is in the next request.
  *   sleep  when a poll found nothing: the queues are armed, looked at again, and the calls waited for (epoll). For sent
  *          frames it asks for a call when three quarters of them are through.
  *
@@ -33,6 +35,7 @@
  */
 #define PROGRAM "ringload"
 #include "vhost_front.h"
+#include "latency.h"
 
 #include <arpa/inet.h>
 #include <getopt.h>
@@ -45,7 +48,7 @@ static struct {
 	bool copy, tx_calls, event_idx;
 } wanted = { .ring = 256, .rx_size = 4096, .window = 4 << 20, .publish = 1, .tx_calls = true, .event_idx = true };
 
-static bool down;
+static bool down, rr;
 static uint32_t peer, next_hop; /* network byte order */
 static uint16_t peer_port;
 static unsigned streams;
@@ -93,13 +96,15 @@ static struct stream {
 	uint64_t snd_una, snd_nxt, snd_max, snd_wnd, end;
 	uint64_t received; /* in order */
 	uint64_t progress; /* when SND.UNA last moved, or something was sent when nothing was outstanding */
-	bool ack_due, fin_received;
+	uint64_t asked; /* rr: when the request went out that has no answer yet */
+	bool ack_due, fin_received, failed;
 	uint8_t tail[8]; /* the last octets received */
 } all[STREAMS_MAX];
 
 static uint16_t first_port; /* another in each run: what a killed one left open does not matter */
 static uint64_t start, end, measured; /* the interval, 0 before it is reached, and what was moved in it */
 static uint64_t retransmissions, out_of_order, sleeps, missed_calls;
+static uint64_t operations, errors; /* rr: in the interval; streams that ended in another way than ours */
 
 static uint8_t program[128 << 10]; /* with --copy: where the load program of a real guest has its octets */
 
@@ -243,9 +248,9 @@ static void send_segment(struct stream *stream, uint8_t flags, uint64_t from, un
 		tx_free[tx_free_count++] = slot;
 		return;
 	}
-	if (size && !from) {
-		at[HEADERS] = down ? 'd' : 'u';
-		pieces[0].length++;
+	if (size && (!from || rr)) { /* small: with the headers */
+		memset(at + HEADERS, rr ? 'r' : down ? 'd' : 'u', size);
+		pieces[0].length += size;
 	} else {
 		for (uint64_t place = from - 1; size; count++) {
 			unsigned inside = place % BLOCK, piece = size < BLOCK - inside ? size : BLOCK - inside;
@@ -327,6 +332,28 @@ static void keep_tail(struct stream *stream, size_t fresh)
 	}
 }
 
+/* rr: the stream has no further part in it. */
+static void give_up(struct stream *stream)
+{
+	errors += !stream->failed;
+	stream->failed = true;
+	stream->ack_due = false;
+}
+
+/* rr: octets of one stream arrived, and the buffers end with them. The next request goes out once the poll is through. */
+static void take_answer(struct stream *stream)
+{
+	if (stream->received > stream->end || stream->tail[7] != 'r') {
+		give_up(stream);
+	} else if (start && !end) {
+		uint64_t at = clock_ns();
+		operations++;
+		sample(at - stream->asked);
+		stream->asked = at;
+		stream->end++;
+	}
+}
+
 static void take_syn_ack(struct stream *stream, const struct tcphdr *tcp)
 {
 	const uint8_t *option = (const uint8_t *)(tcp + 1), *end = (const uint8_t *)tcp + tcp->doff * 4;
@@ -390,8 +417,15 @@ static void take_tcp(const struct tcphdr *tcp, size_t payload)
 		return;
 	}
 	struct stream *stream = &all[index];
-	if (tcp->rst)
+	if (tcp->rst && rr && start)
+		give_up(stream);
+	else if (tcp->rst)
 		complain("the connection was %s", stream->state == SYN_SENT ? "refused" : "reset");
+	if (stream->failed) {
+		if (!tcp->rst && room())
+			send_segment(stream, RST, stream->snd_nxt, 0);
+		return;
+	}
 	if (stream->state == SYN_SENT) {
 		if (tcp->syn)
 			take_syn_ack(stream, tcp);
@@ -422,9 +456,13 @@ static void take_tcp(const struct tcphdr *tcp, size_t payload)
 	keep_tail(stream, payload - old);
 	if (wanted.copy)
 		copy_out();
+	if (rr && payload > old)
+		take_answer(stream);
 	if (tcp->fin && !stream->fin_received) {
 		stream->fin_received = true;
 		stream->rcv_nxt++;
+		if (rr && (!end || stream->received != stream->end))
+			give_up(stream);
 	}
 }
 
@@ -520,7 +558,7 @@ static bool poll_rx(void)
 
 static uint64_t moved(const struct stream *stream)
 {
-	return down ? stream->received : stream->snd_una ? stream->snd_una - 1 : 0;
+	return down || rr ? stream->received : stream->snd_una ? stream->snd_una - 1 : 0;
 }
 
 static uint64_t moved_by_all(void)
@@ -533,7 +571,7 @@ static uint64_t moved_by_all(void)
 
 static bool closed(const struct stream *stream)
 {
-	return stream->fin_received && stream->snd_una == stream->end + 1 && !stream->ack_due;
+	return stream->failed || (stream->fin_received && stream->snd_una == stream->end + 1 && !stream->ack_due);
 }
 
 /* What time alone brings about: requests that were not answered, and what was lost. */
@@ -555,7 +593,7 @@ static void repeat(void)
 				retransmissions++;
 			stream->progress = now;
 			send_segment(stream, SYN, 0, 0);
-		} else if (stream->state == OPEN && stream->snd_nxt > stream->snd_una && now - stream->progress >= RETRANSMIT) {
+		} else if (stream->state == OPEN && !stream->failed && stream->snd_nxt > stream->snd_una && now - stream->progress >= RETRANSMIT) {
 			stream->snd_nxt = stream->snd_una;
 			stream->progress = now;
 			retransmissions++;
@@ -571,11 +609,11 @@ static bool send_all(unsigned *open, unsigned *done)
 	*open = *done = 0;
 	for (unsigned i = 0; i < streams; i++) {
 		struct stream *stream = &all[(first + i) % streams];
-		if (stream->state == OPEN && start)
+		if (stream->state == OPEN && (start || rr) && !stream->failed)
 			more |= send_stream(stream);
 		if (stream->ack_due && room())
 			send_segment(stream, ACK, stream->snd_nxt, 0);
-		*open += stream->state == OPEN;
+		*open += stream->state == OPEN && (!rr || stream->received); /* netload asks each once before it begins */
 		*done += closed(stream);
 	}
 	first++;
@@ -589,13 +627,17 @@ static bool mark(unsigned open)
 {
 	if (!start && open == streams) {
 		start = now;
+		for (unsigned i = 0; rr && i < streams; i++) {
+			all[i].asked = now;
+			all[i].end = 2;
+		}
 		return true;
 	}
 	if (!start || end || now - start < span)
 		return false;
 	end = now;
 	measured = moved_by_all();
-	for (unsigned i = 0; !down && i < streams; i++)
+	for (unsigned i = 0; !down && !rr && i < streams; i++)
 		all[i].end = all[i].snd_max > 1 ? all[i].snd_max : 1;
 	return true;
 }
@@ -650,8 +692,10 @@ static void carry(void)
 		reap();
 		repeat();
 		more |= send_all(&open, &done);
-		if (done == streams)
+		if (done == streams) {
+			end = end ? end : now; /* rr, when all failed */
 			return;
+		}
 		insist_on_progress(open, done);
 		more |= mark(open);
 		if (!more && arm_all()) {
@@ -667,7 +711,16 @@ static void carry(void)
 	}
 }
 
-static void report(void)
+static void report_operations(void)
+{
+	double seconds = (double)(end - start) / 1e9;
+	printf("{\"operations\": %" PRIu64 ", \"seconds\": %.6f, \"rate\": %.1f, \"p50_us\": %.1f, \"p99_us\": %.1f"
+	       ", \"errors\": %" PRIu64,
+	       operations, seconds, seconds > 0 ? (double)operations / seconds : 0, percentile_us(.5), percentile_us(.99),
+	       errors);
+}
+
+static void report_octets(void)
 {
 	uint64_t counted = 0, total = 0;
 	for (unsigned i = 0; i < streams; i++) {
@@ -679,16 +732,25 @@ static void report(void)
 		counted += server;
 		total += ours;
 	}
-	tally(&rx);
-	tally(&tx);
 	double seconds = (double)(end - start) / 1e9;
 	printf("{\"octets\": %" PRIu64 ", \"seconds\": %.6f, \"bits_per_second\": %.0f, \"total\": %" PRIu64
-	       ", \"counted\": %" PRIu64 ", \"retransmissions\": %" PRIu64 ", \"out_of_order\": %" PRIu64
+	       ", \"counted\": %" PRIu64,
+	       measured, seconds, seconds > 0 ? (double)measured * 8 / seconds : 0, total, counted);
+}
+
+static void report(void)
+{
+	tally(&rx);
+	tally(&tx);
+	if (rr)
+		report_operations();
+	else
+		report_octets();
+	printf(", \"retransmissions\": %" PRIu64 ", \"out_of_order\": %" PRIu64
 	       ", \"frames_out\": %" PRIu64 ", \"kicks_out\": %" PRIu64 ", \"calls_out\": %" PRIu64 ", \"frames_in\": %" PRIu64
 	       ", \"kicks_in\": %" PRIu64 ", \"calls_in\": %" PRIu64 ", \"sleeps\": %" PRIu64
 	       ", \"missed_calls\": %" PRIu64 ", \"features\": %" PRIu64 "}\n",
-	       measured, seconds, seconds > 0 ? (double)measured * 8 / seconds : 0, total, counted, retransmissions,
-	       out_of_order, tx.frames, tx.kicks, tx.calls, rx.frames, rx.kicks, rx.calls, sleeps, missed_calls,
+	       retransmissions, out_of_order, tx.frames, tx.kicks, tx.calls, rx.frames, rx.kicks, rx.calls, sleeps, missed_calls,
 	       features);
 }
 
@@ -742,15 +804,16 @@ static void parse(int argc, char **argv)
 		}
 	}
 	if (argc - optind != 6) {
-		fprintf(stderr, "usage: ringload [OPTIONS] SOCKET up|down ADDRESS PORT STREAMS SECONDS; the source says which options\n");
+		fprintf(stderr, "usage: ringload [OPTIONS] SOCKET up|down|rr ADDRESS PORT STREAMS SECONDS; the source says which options\n");
 		exit(2);
 	}
 	argv += optind;
 	char *end;
 	double seconds = strtod(argv[5], &end);
 	down = !strcmp(argv[1], "down");
-	if (!down && strcmp(argv[1], "up"))
-		misused("the direction is up or down", argv[1]);
+	rr = !strcmp(argv[1], "rr");
+	if (!down && !rr && strcmp(argv[1], "up"))
+		misused("what to do is up, down or rr", argv[1]);
 	if (inet_pton(AF_INET, argv[2], &peer) != 1)
 		misused("ADDRESS must be IPv4", argv[2]);
 	peer_port = htons((uint16_t)number(argv[3], 1, 65535, "PORT"));
@@ -780,7 +843,7 @@ int main(int argc, char **argv)
 	for (unsigned i = 0; i < streams; i++)
 		all[i] = (struct stream){
 			.iss = (uint32_t)clock_ns() * (i + 1), .port = (uint16_t)(first_port + i),
-			.mss = MSS, .end = down ? 1 : UINT64_MAX,
+			.mss = MSS, .end = down || rr ? 1 : UINT64_MAX,
 		};
 	carry();
 	report();

@@ -19,7 +19,7 @@ import pytest
 
 from benchmarks import runner
 from benchmarks.build import build
-from benchmarks.cases import Case, Conditions, Metrics
+from benchmarks.cases import CASES, Case, Conditions, Metrics, frames_per_kick
 from benchmarks.guests import GUESTS, Guest, Servers
 from benchmarks.processes import end
 
@@ -159,6 +159,46 @@ def test_it_sleeps_when_nothing_is_there_and_is_called_for_all_that_comes(
 
 
 @needs_compiler
+@pytest.mark.parametrize(
+    "options", ["", "--no-event-idx", "--ring 16"], ids=["", "switched notifications", "small ring"]
+)
+@pytest.mark.parametrize("connections", [1, 16])
+def test_one_octet_after_the_other_and_each_answered(ring: Path, port: int, connections: int, options: str) -> None:
+    report = told(*options.split(), "--rx-size", 65552, ring, "rr", HOST, port, connections, 0.3)
+    assert report["operations"] > 10 * connections and report["errors"] == 0
+    assert report["rate"] == pytest.approx(report["operations"] / report["seconds"], rel=1e-3)
+    assert 0.3 <= report["seconds"] < 5.0 and 0 < report["p50_us"] <= report["p99_us"]
+    assert report["retransmissions"] == report["out_of_order"] == report["missed_calls"] == 0
+    assert report["sleeps"] > 0 and report["frames_out"] >= report["kicks_out"] > 0
+    overhead = 10 * (connections + 1)  # ARP, SYN, the ACK of the first answer, FIN
+    assert report["operations"] <= report["frames_out"] <= report["operations"] + overhead  # no ACK by itself
+
+
+@needs_compiler
+def test_a_connection_that_the_server_ends_is_an_error(ring: Path) -> None:
+    def echo() -> None:
+        for _ in range(2):
+            peer, _ = listener.accept()
+            peers.append(peer)
+        for _ in range(5):
+            for peer in peers:
+                peer.sendall(peer.recv(1))
+        peers[0].close()
+        while octet := peers[1].recv(1):
+            peers[1].sendall(octet)
+        peers[1].close()
+
+    peers: list[socket.socket] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(10)
+        thread = threading.Thread(target=echo)
+        thread.start()
+        report = told(ring, "rr", HOST, listener.getsockname()[1], 2, 0.2)
+        thread.join()
+    assert report["errors"] == 1 and report["operations"] >= 8
+
+
+@needs_compiler
 def test_it_says_that_nobody_listens(ring: Path) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
@@ -171,7 +211,7 @@ def test_it_says_that_nobody_listens(ring: Path) -> None:
     ("arguments", "complaint"),
     [
         pytest.param("SOCKET up 192.0.2.1 5000 1", "usage: ringload", id="an argument is missing"),
-        pytest.param("SOCKET across 192.0.2.1 5000 1 1", "up or down, not across", id="direction"),
+        pytest.param("SOCKET across 192.0.2.1 5000 1 1", "up, down or rr, not across", id="direction"),
         pytest.param("SOCKET up example.com 5000 1 1", "must be IPv4, not example.com", id="address"),
         pytest.param("SOCKET up 192.0.2.1 0 1 1", "PORT must be a number from 1 to 65535", id="port"),
         pytest.param("SOCKET up 192.0.2.1 5000 65 1", "STREAMS must be a number from 1 to 64", id="streams"),
@@ -217,11 +257,11 @@ def everything(peer: socket.socket) -> bytes:
 
 
 class Unreal(Guest):
-    """A guest that runs nothing but bulk."""
+    """A guest that runs nothing but TCP over connections that stay."""
 
     name = "unreal"
     server = resolver = ""
-    only_bulk = True
+    only_lasting = True
 
     def make_namespace(self) -> None: ...
 
@@ -233,12 +273,12 @@ class Unreal(Guest):
         return ["echo", "{}"]
 
 
-def test_a_guest_for_bulk_is_left_out_of_all_else(tmp_path: Path) -> None:
+def test_a_guest_of_lasting_connections_is_left_out_of_all_else(tmp_path: Path) -> None:
     def run(guest: Guest, at: Conditions) -> Metrics:
         return {"gbit_s": 1.0}
 
     cases = [
-        Case(name="bulk", run=run, bulk=True, help=""),
+        Case(name="bulk", run=run, lasting=True, help=""),
         Case(name="other", run=run, help=""),
         Case(name="begun anew", run=run, fresh=True, needs_backend=True, help=""),
     ]
@@ -260,6 +300,24 @@ def test_the_same_case_is_iperf3_in_a_kernel_guest_and_ringload_behind_the_ring(
     assert told[3:8] == ["iperf3", "-c", "127.0.0.1", "-p", "5201"] and told[-1] == "-R"
     command = ring.bulk(servers, streams=4, down=True, seconds=2.0)
     assert command[1:] == [str(tmp_path / "pyvpnkit-ring-tcp.sock"), "down", HOST, "5000", "4", "2.0"]
-    moved = ring.moved({"bits_per_second": 8e9, "octets": 10, "total": 12, "frames_out": 64, "kicks_out": 4})
+    report = {"bits_per_second": 8e9, "octets": 10, "total": 12, "frames_out": 64, "kicks_out": 4}
+    moved = ring.moved(report)
     assert moved.bits_per_second == 8e9 and moved.octets == 12
-    assert moved.counters["frames_out"] / moved.counters["kicks_out"] == 16
+    assert frames_per_kick(ring.counted(report)) == {"frames_per_kick": 16}
+    assert frames_per_kick(kernel.counted(report)) == {}
+
+
+@needs_compiler
+def test_round_trips_are_netloads_in_a_kernel_guest_and_ringloads_behind_the_ring(tmp_path: Path) -> None:
+    servers = Servers(netload=5000, iperf3=5201)
+    host = cast(Any, SimpleNamespace(path="/run/netns/host"))
+    kernel, ring = (GUESTS[name](host, tmp_path, name) for name in ("loopback", "pyvpnkit-ring-tcp"))
+    told = kernel.operations("rr", servers, connections=16, seconds=2.0)
+    assert told[-5:] == ["rr", "127.0.0.1", "5000", "16", "2.0"]
+    command = ring.operations("rr", servers, connections=16, seconds=2.0)
+    assert command[1:] == [str(tmp_path / "pyvpnkit-ring-tcp.sock"), "rr", HOST, "5000", "16", "2.0"]
+    assert [name for name, case in CASES.items() if runner.takes_part(type(ring), case)] == [
+        *(f"tcp_{direction}_{streams}" for direction in ("up", "down") for streams in (1, 4)),
+        "rr_1",
+        "rr_16",
+    ]
