@@ -335,9 +335,13 @@ static void keep_tail(struct stream *stream, size_t fresh)
 /* rr: the stream has no further part in it. */
 static void give_up(struct stream *stream)
 {
-	errors += !stream->failed;
+	if (stream->failed)
+		return;
+	errors++;
 	stream->failed = true;
 	stream->ack_due = false;
+	if (room())
+		send_segment(stream, RST, stream->snd_max, 0);
 }
 
 /* rr: octets of one stream arrived, and the buffers end with them. The next request goes out once the poll is through. */
@@ -423,7 +427,7 @@ static void take_tcp(const struct tcphdr *tcp, size_t payload)
 		complain("the connection was %s", stream->state == SYN_SENT ? "refused" : "reset");
 	if (stream->failed) {
 		if (!tcp->rst && room())
-			send_segment(stream, RST, stream->snd_nxt, 0);
+			send_segment(stream, RST, stream->snd_max, 0);
 		return;
 	}
 	if (stream->state == SYN_SENT) {
