@@ -12,6 +12,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -43,16 +44,22 @@ def test_32_downloads_at_once(site: Site, fetch: Callable[..., None], tmp_path_f
 def test_iperf3_both_ways_and_udp(site: Site) -> None:
     """A program that uses one control and several data connections, and checks its datagrams itself."""
     server = site.host.start("iperf3", "-s", "-B", "127.0.0.1", "-p", "5201", "--forceflush")
-    assert server.stdout is not None
-    while "listening" not in server.stdout.readline():
-        assert server.poll() is None
-    for options in (("-t", "1"), ("-t", "1", "-R"), ("-t", "1", "-P", "4"), ("-t", "1", "--bidir")):
-        done = json.loads(site.guest.run("iperf3", "-c", HOST, "-p", "5201", "-J", *options).stdout)
+
+    def measured(*options: str) -> dict[str, Any]:
+        assert server.stdout is not None
+        while (
+            "listening" not in server.stdout.readline()
+        ):  # it serves one at a time, and says when it is done with the last
+            assert server.poll() is None
+        done: dict[str, Any] = json.loads(site.guest.run("iperf3", "-c", HOST, "-p", "5201", "-J", *options).stdout)
         assert "error" not in done
+        return done
+
+    for options in (("-t", "1"), ("-t", "1", "-R"), ("-t", "1", "-P", "4"), ("-t", "1", "--bidir")):
+        done = measured(*options)
         assert done["end"]["sum_received"]["bytes"] > 10 * MB, options
     for options in (("-b", "10M"), ("-b", "10M", "-R"), ("-b", "5M", "-l", "64", "-R")):
-        done = json.loads(site.guest.run("iperf3", "-c", HOST, "-p", "5201", "-J", "-u", "-t", "1", *options).stdout)
-        assert "error" not in done
+        done = measured("-u", "-t", "1", *options)
         assert done["end"]["sum"]["packets"] > 500
         assert done["end"]["sum"]["lost_percent"] <= 1, options
 

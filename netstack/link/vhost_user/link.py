@@ -42,7 +42,7 @@ SHOWN_EARLY: Final = 8
 HEADERS_REMEMBERED: Final = 256
 LOOKS: Final = 4
 """How often room is looked for again because the guest made some meanwhile."""
-SMALL: Final = 512
+SMALL: Final = 2048
 HEAD: Final = 192
 """Octets of a long frame that are copied: virtio-net header, Ethernet, and IP and TCP with all their options."""
 SUPER_FRAME_PAYLOAD: Final = 45 * 1448
@@ -294,12 +294,13 @@ class VhostUserLink:
         descriptors, low, high, region = queue.descriptors, queue.low, queue.high, queue.region
         unpack = _unpack
         shortest, longest = self._shortest, self._longest
+        small = min(SMALL, longest)
         append = found.append
         sensible = self._sensible_from
         for head in heads:
             address, octets, flags, _next = unpack(descriptors, head << 4)
             if not flags and low <= address and address + octets <= high:
-                if octets <= SMALL:
+                if octets <= small:
                     if octets < shortest:
                         self._counters.drops[Drop.FRAME_SHORT] += 1
                         continue
