@@ -105,6 +105,7 @@ class Link(Protocol):
     * `window: int`: octets that a guest's connection may send ahead, where the link's own queue is the bound.
     * `partial_checksums_in: bool`: the same as `partial_checksums` for what arrives, where the two differ.
     * `watch(watch, ready)` and `unwatch()`: it has several descriptors and watches them itself; `fileno` is not watched then.
+    * `whole: bool`: what `receive_trains` returned last are single frames, each in one piece.
     * `busy: bool`: look for frames again without being told.
     * `room(octets, lead, key, native) -> Room | None`: room in the peer's own memory to make one frame in.
     * `publish()`: the round is over; show the peer what was taken and sent.

@@ -154,6 +154,11 @@ class Stack:
         take: Callable[..., None] = self.interface.input
         if hasattr(link, "receive_trains"):
             receive, take = link.receive_trains, self.interface.input_trains
+        if hasattr(link, "whole"):
+            one_by_one, together = self.interface.input, self.interface.input_trains
+
+            def take(port: Port, frames: Any, now: float) -> None:
+                (one_by_one if link.whole else together)(port, frames, now)
 
         def ready(mask: int) -> None:
             self._link_ready(port, mask, receive, take)

@@ -19,7 +19,7 @@ from netstack.api import Clock
 LATE_S: Final = 0.001
 """Loop timers have millisecond grain (uvloop); a shorter wait would be rounded to none at all, and spin."""
 
-SOON_S: Final = 0.003
+SOON_S: Final = 0.005
 """A timer that fires within this is not looked at anew after every turn, which costs a microsecond of each request."""
 
 

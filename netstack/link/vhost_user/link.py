@@ -138,6 +138,8 @@ class VhostUserLink:
         self.max_frame = _LONGEST if offloads.gso else mtu + ETHERNET_HEADER + VLAN_TAG
         self.busy = False
         """Look again without being told."""
+        self.whole = True
+        """What `receive_trains` returned last has no frame in pieces."""
         self.details: Callable[[], dict[str, object]] = dict
         """For status pages."""
         self.taken = self.kicked = 0
@@ -272,6 +274,7 @@ class VhostUserLink:
             raise LinkDown(f"{self.name}: {self._down}")
         found: list[memoryview | Scattered] = []
         busy = False
+        self.whole = True
         try:
             for number, queue in enumerate(self._transmit):
                 heads = queue.heads(self._batch)
@@ -285,7 +288,7 @@ class VhostUserLink:
         except Broken as error:
             self._break(error)
         self.busy = busy
-        self._batch = LONG_BATCH if found and not isinstance(found[-1], memoryview) else BATCH
+        self._batch = BATCH if self.whole else LONG_BATCH
         self.taken += len(found)
         return found
 
@@ -304,7 +307,7 @@ class VhostUserLink:
                     if octets < shortest:
                         self._counters.drops[Drop.FRAME_SHORT] += 1
                         continue
-                    copy = bytes(region[address - low : address - low + octets])
+                    copy = region[address - low : address - low + octets].tobytes()
                     if octets < sensible.get(copy[:_HEADER], _NEVER) and not self._sensible(copy, octets):
                         continue
                     frame = memoryview(copy)
@@ -327,7 +330,11 @@ class VhostUserLink:
                     first = self._head_of(pieces)
             if octets < sensible.get(first[:_HEADER], _NEVER) and not self._sensible(first, octets):
                 continue
-            append(memoryview(first) if octets <= SMALL else Scattered(first, pieces, octets))
+            if octets <= SMALL:
+                append(memoryview(first))
+            else:
+                append(Scattered(first, pieces, octets))
+                self.whole = False
             if self._several and octets > _PORTS + shortest:
                 self._steer[first[self.headroom + _PORTS + 1]] = number
 
@@ -391,11 +398,11 @@ class VhostUserLink:
                 head = queue.first()
                 address, octets, flags, _next = _unpack(queue.descriptors, head << 4)
                 length = len(frame)
-                if flags == WRITE and octets >= length and queue.low <= address and address + octets <= queue.high:
-                    address -= queue.low
+                low = queue.low
+                if flags == WRITE and octets >= length and low <= address and address + octets <= queue.high:
+                    address -= low
                     queue.region[address : address + length] = frame
-                    queue.used_next(head, length)
-                    if len(queue.done) >= SHOWN_EARLY:
+                    if queue.used_next(head, length) >= SHOWN_EARLY:
                         queue.publish()
                     return True
             return self._put(queue, frame)

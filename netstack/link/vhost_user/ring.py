@@ -327,12 +327,13 @@ class SplitQueue:
         self.done.append(head)
         self._lens.append(octets)
 
-    def used_next(self, head: int, octets: int) -> None:
-        """The same for the next one, which was only looked at (`first`)."""
+    def used_next(self, head: int, octets: int) -> int:
+        """The same for the next one, which was only looked at (`first`). How many are used up and not shown yet."""
         self.next = (self.next + 1) & 0xFFFF
         self.total += 1
         self.done.append(head)
         self._lens.append(octets)
+        return len(self.done)
 
     def publish(self) -> None:
         """Show the driver everything used since the last time, and tell it if it wants to know."""
