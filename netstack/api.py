@@ -108,7 +108,7 @@ class Link(Protocol):
     * `whole: bool`: what `receive_trains` returned last are single frames, each in one piece.
     * `busy: bool`: look for frames again without being told.
     * `room(octets, lead, key, native) -> Room | None`: room in the peer's own memory to make one frame in.
-    * `publish()`: the round is over; show the peer what was taken and sent.
+    * `publish()`: the turn is over; show the peer what was taken and sent.
     """
 
     name: str

@@ -291,7 +291,9 @@ class Stack:
                 self._flush_tcp()
             if tcp.ready:
                 tcp.pump()
-            self._push()
+            for port in self.switch.ports:
+                if port.queued:
+                    port.push()
             if not events and not tcp.ready and not self._busy:
                 break
             more = round_ == ROUNDS - 1

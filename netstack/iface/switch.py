@@ -74,7 +74,7 @@ class Port:
         self.partial_in = getattr(link, "partial_checksums_in", link.partial_checksums)
         self._link_room: Callable[[int, int, bytes, bool], Room | None] | None = getattr(link, "room", None)
         self.publish: Callable[[], None] | None = getattr(link, "publish", None)
-        """To be called when a round is over."""
+        """To be called when a turn is over."""
         self.polled = hasattr(link, "busy")
         """The link may want to be looked at again without being ready (`busy`)."""
         self.wakes_itself = hasattr(link, "watch")

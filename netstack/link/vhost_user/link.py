@@ -3,7 +3,7 @@
 Outbound, a batch of chains is taken and its octets are handed on as views of the guest's own memory; what reaches a host socket is
 sent from there. What must be parsed (the virtio-net header and the protocol headers) is copied first, because the guest may
 change it meanwhile: all of a frame of up to `SMALL` octets, the first `HEAD` octets of a longer one. The chains are used up when
-the round is over (`publish`), when nobody looks at them any more.
+the turn is over (`publish`), when nobody looks at them any more.
 
 Inbound, TCP asks for `room` and has the host's octets read straight into the guest's buffers, writes the headers in front and says
 how much it was (`places`). Everything else is copied into the next buffers (`send`). Where the guest has none left nothing is
@@ -38,7 +38,7 @@ LONG_BATCH: Final = 8
 """The same while they are long: half a window of TCP, so that the guest goes on while we still send."""
 
 SHOWN_EARLY: Final = 8
-"""Short frames that the guest is shown in the middle of a round, so that it works while we do."""
+"""Short frames that the guest is shown in the middle of a turn, so that it works while we do."""
 HEADERS_REMEMBERED: Final = 256
 LOOKS: Final = 4
 """How often room is looked for again because the guest made some meanwhile."""
@@ -463,7 +463,7 @@ class VhostUserLink:
         return place
 
     def publish(self) -> None:
-        """The round is over: show the guest what was used, and tell it where it wants to know."""
+        """The turn is over: show the guest what was used, and tell it where it wants to know."""
         for receive, transmit in self._pairs:
             if receive.done:
                 receive.publish()

@@ -15,7 +15,7 @@ from netstack.link.vhost_user.ring import SplitQueue
 
 _buffers_into: Final = Struct("<H").pack_into
 SHOWN: Final = 2
-"""The part of a ring that is used up before the guest is shown it in the middle of a round, so that it works while we do."""
+"""The part of a ring that is used up before the guest is shown it in the middle of a turn, so that it works while we do."""
 BUFFERS_AT: Final = 10
 """Where `num_buffers` is in a virtio-net header of 12 octets."""
 
