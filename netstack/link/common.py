@@ -14,7 +14,15 @@ VLAN_TAG: Final = 4
 LARGEST_FRAME: Final = 65550
 """A TSO super-frame of the largest IP datagram, as krunkit and Virtualization.framework send (spec: gvproxy 1.4)."""
 
+SUPER_FRAME_PAYLOAD: Final = 45 * 1448
+"""TCP payload of the largest super-frame we send: whole segments of MTU 1500 (IP total length must stay below 65,536)."""
+
 _PASSING: Final = frozenset({errno.EAGAIN, errno.EWOULDBLOCK, errno.EINTR, errno.ENOBUFS, errno.ENOMEM})
+
+
+def super_frame_payload(mtu: int) -> int:
+    """The same for links of `mtu`: as many whole segments, at least one."""
+    return max(mtu - 40, SUPER_FRAME_PAYLOAD // (mtu - 40) * (mtu - 40))
 
 
 def only_busy(name: str, error: OSError) -> None:

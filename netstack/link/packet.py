@@ -21,8 +21,9 @@ from typing import Final
 
 from netstack.api import Frame
 from netstack.errors import ConfigError, LinkDown
+from netstack.link.common import super_frame_payload
 from netstack.link.namespace import open_inside
-from netstack.link.tap import SUPER_FRAME_PAYLOAD, VNET_HEADER
+from netstack.link.tap import VNET_HEADER
 
 _SOL_PACKET: Final = 263
 _PACKET_VNET_HDR: Final = 15
@@ -48,7 +49,7 @@ class PacketLink:
         self.max_frame = _MAX_FRAME if vnet else mtu + 14
         self.headroom = VNET_HEADER if vnet else 0
         self.partial_checksums = vnet
-        self.tso = max(mtu - 40, SUPER_FRAME_PAYLOAD // (mtu - 40) * (mtu - 40)) if vnet else 0
+        self.tso = super_frame_payload(mtu) if vnet else 0
         held = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
         self.window = max(held // 3, 65535)
         """Octets one guest connection should be allowed to send ahead."""

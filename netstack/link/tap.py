@@ -19,11 +19,10 @@ from typing import Final
 
 from netstack.api import Frame
 from netstack.errors import ConfigError, LinkDown
+from netstack.link.common import super_frame_payload
 from netstack.link.namespace import open_inside
 
 VNET_HEADER: Final = 12
-SUPER_FRAME_PAYLOAD: Final = 45 * 1448
-"""TCP payload of the largest super-frame we send: whole segments of MTU 1500 (IP total length must stay below 65,536)."""
 
 _MAX_FRAME: Final = 65550
 _BATCH: Final = 16
@@ -61,7 +60,7 @@ class TapLink:
         self.max_frame = _MAX_FRAME if vnet else mtu + 14
         self.headroom = VNET_HEADER if vnet else 0
         self.partial_checksums = vnet
-        self.tso = max(mtu - 40, SUPER_FRAME_PAYLOAD // (mtu - 40) * (mtu - 40)) if vnet else 0
+        self.tso = super_frame_payload(mtu) if vnet else 0
         self.guest_mac: bytes | None = None
         """Of the guest's interface, where it is known."""
         self._fd = fd

@@ -24,7 +24,7 @@ from typing import Final
 
 from netstack.api import READABLE, ROOM, Frame, Ready, Room, Watch
 from netstack.errors import LinkDown
-from netstack.link.common import ETHERNET_HEADER, LARGEST_FRAME, VLAN_TAG
+from netstack.link.common import ETHERNET_HEADER, LARGEST_FRAME, VLAN_TAG, super_frame_payload
 from netstack.link.vhost_user import vanish
 from netstack.link.vhost_user.fast_places import FastPlace
 from netstack.link.vhost_user.memory import Broken, GuestMemory
@@ -45,8 +45,6 @@ LOOKS: Final = 4
 SMALL: Final = 2048
 HEAD: Final = 192
 """Octets of a long frame that are copied: virtio-net header, Ethernet, and IP and TCP with all their options."""
-SUPER_FRAME_PAYLOAD: Final = 45 * 1448
-"""TCP payload of the largest super-frame we send: whole segments of MTU 1500 (IP total length must stay below 65,536)."""
 _LONGEST: Final = LARGEST_FRAME + VLAN_TAG
 _unpack: Final = DESCRIPTOR.unpack_from
 _header: Final = Struct("<BBHHHH").unpack_from
@@ -134,7 +132,7 @@ class VhostUserLink:
         self.headroom = offloads.headroom
         self.partial_checksums = offloads.partial_out
         self.partial_checksums_in = offloads.partial_in
-        self.tso = SUPER_FRAME_PAYLOAD // (mtu - 40) * (mtu - 40) or mtu - 40 if offloads.tso else 0
+        self.tso = super_frame_payload(mtu) if offloads.tso else 0
         self.max_frame = _LONGEST if offloads.gso else mtu + ETHERNET_HEADER + VLAN_TAG
         self.busy = False
         """Look again without being told."""
