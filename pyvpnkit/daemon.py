@@ -116,10 +116,10 @@ async def _serve(settings: Settings, ready_fd: int | None, reload: Reload | None
         signal.SIGHUP: lambda: reload_settings(service, reload),
         signal.SIGUSR1: lambda: print_status(service, time.monotonic() - began),
     }
-    with _lease_file(settings) as service.lease_file:
+    # Before the links are there: who sees a socket may already ask for the summary, which must not end the process.
+    with _lease_file(settings) as service.lease_file, _signals(loop, handlers):
         async with service:
-            with _signals(loop, handlers):
-                await _until_stopped(service, stop, ready_fd)
+            await _until_stopped(service, stop, ready_fd)
     log.info("stopped")
     return 0
 

@@ -303,6 +303,25 @@ def test_the_log_reads_as_sentences(tmp_path: Path, server: socket.socket) -> No
     assert not re.search(r"[A-Z][a-z]+[A-Z][a-z]+ \w+=", log), "no repr"
 
 
+def test_a_summary_may_be_asked_for_before_the_links_are_ready(tmp_path: Path) -> None:
+    """Who sees the socket does not know how far the start has come; the signal's default would end the process."""
+    program = (
+        "import os, signal, sys\n"
+        "from pyvpnkit import cli, daemon\n"
+        "class Early(daemon.Service):\n"
+        "    async def __aenter__(self):\n"
+        "        os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        return await super().__aenter__()\n"
+        "daemon.Service = Early\n"
+        "sys.exit(cli.main(sys.argv[1:]))\n"
+    )
+    words = [sys.executable, "-c", program, "run", "--link", f"qemu:{tmp_path / 'net.sock'}", "--state-dir", "off"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+    assert "frames_in" in done.stderr and "stopped" in done.stderr
+
+
 def test_sigusr1_prints_what_goes_on(running: Daemon, server: socket.socket) -> None:
     guest = StreamGuest(running.link)
     guest.lease()
