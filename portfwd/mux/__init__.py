@@ -1,0 +1,1 @@
+"""The multiplexed data plane to `vpnkit-forwarder` (spec vpnkit 7.3)."""

@@ -1,0 +1,1 @@
+"""The control server: HTTP on `control.sock`."""
