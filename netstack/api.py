@@ -181,16 +181,21 @@ class Dialer(Protocol):
         *,
         source: Endpoint | None = None,
         on_close: Callable[[str], None] | None = None,
+        preface: bytes = b"",
     ) -> None:
         """Carry a connected host stream socket into the guest as a new TCP connection to `guest`.
 
-        The stack owns `sock` from here on. The guest sees `source` (default: the gateway and a fresh port). A refusal
-        resets `sock`. `on_close(reason)` is called once, when the flow has ended.
+        The stack owns `sock` from here on. The guest sees `source` (default, and where that is taken: the gateway and a
+        fresh port), and reads `preface` before the octets of `sock`. A refusal resets `sock`. `on_close(reason)` is called
+        once, when the flow has ended.
         """
         ...
 
-    def datagrams(self, guest: Endpoint, sock: socket.socket) -> Datagrams:
-        """Carry the datagrams that arrive at the bound host socket `sock` to `guest`, and its answers back to each peer."""
+    def datagrams(self, guest: Endpoint, sock: socket.socket, *, show_client: bool = False) -> Datagrams:
+        """Carry the datagrams that arrive at the bound host socket `sock` to `guest`, and its answers back to each peer.
+
+        The guest sees the gateway as source, or with `show_client` the peer's own address where it can be answered there.
+        """
         ...
 
 

@@ -486,14 +486,15 @@ class Stack:
         *,
         source: Endpoint | None = None,
         on_close: Callable[[str], None] | None = None,
+        preface: bytes = b"",
     ) -> None:
         """Carry a connected host socket into the guest; see `netstack.api.Dialer`."""
-        self.tcp.forwards.dial(guest, sock, source, on_close, self.clock())
+        self.tcp.forwards.dial(guest, sock, source, on_close, preface, self.clock())
         self._work()
 
-    def datagrams(self, guest: Endpoint, sock: socket.socket) -> Datagrams:
+    def datagrams(self, guest: Endpoint, sock: socket.socket, *, show_client: bool = False) -> Datagrams:
         """Carry datagrams of a bound host socket to the guest; see `netstack.api.Dialer`."""
-        published: Datagrams = self.udp.publish(guest, sock)
+        published: Datagrams = self.udp.publish(guest, sock, show_client)
         return published
 
     def _work(self) -> None:

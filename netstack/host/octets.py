@@ -57,6 +57,10 @@ class Octets(Protocol):
     full: bool
     """Nothing is read although something may wait: the guest must acknowledge first."""
 
+    def begin_with(self, octets: bytes) -> None:
+        """Before anything is read: `octets` come in front of what the socket has."""
+        ...
+
     def read(self, offset: int, into: memoryview) -> int | None:
         """Fill `into` from `offset` on; the count, 0 at the end of the stream, `None` when nothing waits. Raises `OSError`."""
         ...
@@ -105,6 +109,9 @@ class PeekedOctets:
         """Where the kernel will peek next; at -1 it does not count yet."""
         self._kept = b""
         """Octets before those in the socket."""
+
+    def begin_with(self, octets: bytes) -> None:
+        self._kept = octets
 
     def _peek_from(self, offset: int) -> None:
         if offset != self._at and (offset or self._at > 0):
@@ -217,6 +224,10 @@ class KeptOctets:
         self._kept = bytearray()
         self._start = 0
         """Octets at the front already acknowledged; cut off now and then, since cutting moves the rest."""
+
+    def begin_with(self, octets: bytes) -> None:
+        self._kept += octets
+        self._budget.held += len(octets)
 
     def read(self, offset: int, into: memoryview) -> int | None:
         at = self._start + offset

@@ -432,9 +432,12 @@ class TcpFlow(ToGuest):
         self._connect_at = until
         self.rearm(until)
 
-    def begin(self, conn: Connection) -> None:
-        """The host is connected (or its socket was accepted): speak to the guest."""
+    def begin(self, conn: Connection, preface: bytes = b"") -> None:
+        """The host is connected (or its socket was accepted): speak to the guest, with `preface` first."""
         self._connect_at = 0.0
         self.conn = conn
         self._source = self._proxy.octets_of(self.sock)
+        if preface:
+            self._source.begin_with(preface)
+            self.readable = True
         self.touch()  # SYN or SYN-ACK leaves after the batch, so that nothing in it can acknowledge one not sent yet

@@ -28,7 +28,7 @@ class Forwards:
         self._proxy = proxy
         self._gateway = gateway
         self._last_port = port
-        self._resolving: dict[bytes, list[TcpFlow]] = {}
+        self._resolving: dict[bytes, list[tuple[TcpFlow, bytes]]] = {}
 
     def dial(
         self,
@@ -36,6 +36,7 @@ class Forwards:
         sock: Any,
         source: Endpoint | None,
         on_close: Callable[[str], None] | None,
+        preface: bytes,
         now: float,
     ) -> None:
         """`netstack.api.Dialer.dial`."""
@@ -76,17 +77,19 @@ class Forwards:
             return
         flow.watched = True
         if neighbour.port is None:
-            self._resolving.setdefault(guest.address, []).append(flow)
+            self._resolving.setdefault(guest.address, []).append((flow, preface))
             proxy.output.resolve(guest.address, now)
             return
-        self._dialled(flow)
+        self._dialled(flow, preface)
 
     def _free_key(self, guest: Endpoint, source: Endpoint | None) -> bytes | None:
-        """The name of a connection that does not exist yet, from `source` or from a free port of the gateway."""
+        """The name of a connection that does not exist yet, from `source` if that is free, or a free port of the gateway."""
         proxy = self._proxy
         if source is not None:
             key = guest.address + source.address + guest.port.to_bytes(2, "big") + source.port.to_bytes(2, "big")
-            return None if key in proxy.flows else key
+            if key not in proxy.flows:
+                proxy.time_wait.remove(key)
+                return key
         for _ in range(16384):
             self._last_port = 49152 if self._last_port >= 65535 else self._last_port + 1
             ports = guest.port.to_bytes(2, "big") + self._last_port.to_bytes(2, "big")
@@ -96,21 +99,21 @@ class Forwards:
                 return key
         return None
 
-    def _dialled(self, flow: TcpFlow) -> None:
+    def _dialled(self, flow: TcpFlow, preface: bytes) -> None:
         proxy = self._proxy
-        flow.begin(Connection.active(proxy.isn(flow.key), proxy.capacity(flow), proxy.mss(flow)))
+        flow.begin(Connection.active(proxy.isn(flow.key), proxy.capacity(flow), proxy.mss(flow)), preface)
 
     def learnt(self, neighbour: Neighbour) -> None:
         """A guest showed itself: forwards that waited for it begin."""
-        for flow in self._resolving.pop(neighbour.ip, ()):
+        for flow, preface in self._resolving.pop(neighbour.ip, ()):
             if not flow.end:
                 flow.neighbour = neighbour
                 flow.port = neighbour.port
-                self._dialled(flow)
+                self._dialled(flow, preface)
 
     def unresolved(self, ip: bytes) -> None:
         """Nobody answered for `ip`: who waited is reset (L06)."""
-        for flow in self._resolving.pop(ip, ()):
+        for flow, _preface in self._resolving.pop(ip, ()):
             if not flow.end:
                 flow.finish("no such guest", reset_host=True)
 

@@ -307,13 +307,13 @@ class UdpProxy:
 
     # Published ports.
 
-    def publish(self, guest: Endpoint, sock: Any) -> Publication:
+    def publish(self, guest: Endpoint, sock: Any, show_client: bool = False) -> Publication:
         """Carry the datagrams that arrive at the bound host socket `sock`, which is ours from here on, to `guest`.
 
-        Raises `OSError` when the socket cannot be watched; it is closed then.
+        With `show_client` it sees each peer's own address where it can. Raises `OSError` when the socket cannot be watched; it is closed then.
         """
         try:
-            publication = Publication(self, sock, guest)
+            publication = Publication(self, sock, guest, show_client)
         except OSError:
             sock.close()
             raise

@@ -2,8 +2,9 @@
 
 Each peer that writes to the bound host socket appears to the guest as the gateway with a port of its own: its own port where
 that is free, else the next free one. The guest answers to that port, an association leads back to the peer (conformance
-X02). The peer's real address is not shown: a host program at 127.0.0.1 could not be answered there, and a guest must not
-take a remote for its own loopback (threats N7).
+X02). The peer's real address is shown only where that was asked for, and never the host's own loopback or an address of the
+virtual network: a host program at 127.0.0.1 could not be answered there, and a guest must not take a remote for itself
+(threats N7).
 
 Peers end as mappings do: 90 s after the last datagram, or when newer ones of the same port evict them. A socket of a
 published port is its owner's, so TTL and DF of the guest's answers are not carried on.
@@ -11,6 +12,7 @@ published port is its owner's, so TTL and DF of the guest's answers are not carr
 
 from __future__ import annotations
 
+import socket
 from typing import TYPE_CHECKING, Any, Final
 
 from netstack.api import Endpoint
@@ -26,10 +28,11 @@ _PORTS: Final = 65536 - _FIRST_PORT
 class Publication(GuestSocket):
     """See the module; a `netstack.api.Datagrams`."""
 
-    def __init__(self, proxy: UdpProxy, sock: Any, guest: Endpoint) -> None:
+    def __init__(self, proxy: UdpProxy, sock: Any, guest: Endpoint, show_client: bool) -> None:
         sock.setblocking(False)
         super().__init__(proxy.wiring, sock, guest)
         self.proxy = proxy
+        self._show_client = show_client and sock.family == socket.AF_INET
         self._next_port = 0
 
     def seen_as(self, remote: Address, now: float) -> Route | None:
@@ -41,12 +44,10 @@ class Publication(GuestSocket):
         for entry in proxy.peers.make_room(self):
             proxy.wiring.counters.udp_evicted += 1
             self._end(entry.owner)
-        gateway = proxy.wiring.network.gateway_bytes
-        port = self._free_port(remote[1])
-        if port is None:
+        destination = self._destination(remote)
+        if destination is None:
             return None
-        destination = Endpoint(gateway, port)
-        key = self._key(port)
+        key = self._key(destination)
         neighbour = proxy.wiring.output.neighbour(self.guest.address)
         association = Association(key, self, remote, destination, None if neighbour is None else neighbour.port)
         association.entry = proxy.peers.open(key, self, association, now)
@@ -74,19 +75,25 @@ class Publication(GuestSocket):
         self.proxy.associations.pop(association.key, None)
         self.dropped(association)
 
-    def _key(self, port: int) -> bytes:
+    def _key(self, destination: Endpoint) -> bytes:
         guest = self.guest
-        ends = guest.address + self.proxy.wiring.network.gateway_bytes
-        return ends + guest.port.to_bytes(2, "big") + port.to_bytes(2, "big")
+        ports = guest.port.to_bytes(2, "big") + destination.port.to_bytes(2, "big")
+        return guest.address + destination.address + ports
 
-    def _free_port(self, wanted: int) -> int | None:
-        """A gateway port that means nothing to the guest's endpoint yet."""
+    def _destination(self, remote: Address) -> Endpoint | None:
+        """What the guest is to answer to and means nothing to its endpoint yet: the peer itself, or a port of the gateway."""
         proxy = self.proxy
+        if self._show_client and not remote[0].startswith("127."):
+            seen = proxy.remote_seen_as(remote)
+            if seen is not None and self._key(seen) not in proxy.associations:
+                return seen
         gateway = proxy.wiring.network.gateway_bytes
+        wanted = remote[1]
         for _ in range(_PORTS):
-            if wanted >= _FIRST_PORT and self._key(wanted) not in proxy.associations:
+            found = Endpoint(gateway, wanted)
+            if wanted >= _FIRST_PORT and self._key(found) not in proxy.associations:
                 if (gateway, wanted) not in proxy.services:
-                    return wanted
+                    return found
             wanted = _FIRST_PORT + self._next_port
             self._next_port = (self._next_port + 1) % _PORTS
         return None

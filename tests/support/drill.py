@@ -383,10 +383,11 @@ class Drill:
         source: Endpoint | None = None,
         isn: int | None = None,
         on_close: Callable[[str], None] | None = None,
+        preface: bytes = b"",
     ) -> Flow:
         """A published port: the stack opens towards the guest; returns after its SYN, which is in `flow.synack`."""
         sock, far = self.io.connected()
-        self.stack.dial(Endpoint(guest, port), sock, source=source, on_close=on_close)
+        self.stack.dial(Endpoint(guest, port), sock, source=source, on_close=on_close, preface=preface)
         self.settle()
         segment: Segment | None = None
         for _ in range(5):
@@ -417,9 +418,10 @@ class Drill:
         isn: int | None = None,
         guest: bytes = GUEST,
         source: Endpoint | None = None,
+        preface: bytes = b"",
     ) -> Flow:
         """A flow from the host through a published port, handshake complete."""
-        flow = self.dial(port, guest=guest, isn=isn, source=source)
+        flow = self.dial(port, guest=guest, isn=isn, source=source, preface=preface)
         options = (b"" if mss is None else packets.mss_option(mss)) + (packets.SACK_PERMITTED if sack else b"")
         options += b"" if scale is None else packets.scale_option(scale)
         flow.scale = scale or 0
