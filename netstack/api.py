@@ -162,6 +162,9 @@ DatagramHandler: TypeAlias = Callable[[bytes, Endpoint, Reply], None]
 StreamHandler: TypeAlias = Callable[[asyncio.StreamReader, asyncio.StreamWriter, Endpoint], Awaitable[None]]
 """`handler(reader, writer, source)` serves one TCP connection of a guest; its task is held by the stack."""
 
+SocketHandler: TypeAlias = Callable[[socket.socket, Endpoint], None]
+"""`handler(sock, source)` owns the connected, non-blocking stream socket of one TCP connection of a guest."""
+
 
 class Services(Protocol):
     """What a service on one of the network's own addresses needs: the gateway's DNS, NTP, and what later comes there."""
@@ -169,6 +172,8 @@ class Services(Protocol):
     def serve_datagrams(self, address: bytes, port: int, handler: DatagramHandler) -> None: ...
 
     def serve_streams(self, address: bytes, port: int, handler: StreamHandler) -> None: ...
+
+    def serve_sockets(self, address: bytes, port: int, handler: SocketHandler) -> None: ...
 
 
 class Dialer(Protocol):

@@ -18,10 +18,10 @@ import logging
 import random
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from netstack.api import Clock, DatagramHandler, Datagrams, Endpoint, Link, StreamHandler
+from netstack.api import Clock, DatagramHandler, Datagrams, Endpoint, Link, SocketHandler, StreamHandler
 from netstack.dhcp.leases import Leases
 from netstack.dhcp.server import Server as DhcpServer
 from netstack.errors import LinkDown, Malformed
@@ -477,6 +477,18 @@ class Stack:
 
         self.tcp.services[address, port] = start
 
+    def serve_sockets(self, address: bytes, port: int, handler: SocketHandler) -> None:
+        """The sockets of guests' connections to `address:port` are given to `handler`, for servers with protocols of their own."""
+
+        def give(sock: socket.socket, source: Endpoint) -> None:
+            try:
+                handler(sock, source)
+            except Exception as error:  # contained: this connection
+                self._contain("service", error)
+                sock.close()
+
+        self.tcp.services[address, port] = give
+
     # Into the guest (netstack.api.Dialer).
 
     def dial(
@@ -496,6 +508,16 @@ class Stack:
         """Carry datagrams of a bound host socket to the guest; see `netstack.api.Dialer`."""
         published: Datagrams = self.udp.publish(guest, sock, show_client)
         return published
+
+    # Guests' flows that are led elsewhere (netstack.api.Outgoing).
+
+    def forward_gateway(self, forwards: Sequence[GatewayForward]) -> None:
+        """Have these ports of the gateway lead elsewhere; see `netstack.api.Outgoing`."""
+        self.egress.gateway_forwards.replace(forwards)
+
+    def tunnel(self, rules: Sequence[TunnelRule]) -> None:
+        """Have these tunnels for outgoing TCP; see `netstack.api.Outgoing`."""
+        self.egress.tunnels.replace(rules)
 
     def _work(self) -> None:
         if not self._in_turn:
