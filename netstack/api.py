@@ -10,6 +10,7 @@ import asyncio
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from ipaddress import IPv4Network, IPv6Network
 from typing import Any, Final, Protocol, TypeAlias, runtime_checkable
 
 Clock: TypeAlias = Callable[[], float]
@@ -208,6 +209,43 @@ class Datagrams(Protocol):
     """A published UDP port; `close` ends it and its socket."""
 
     def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayForward:
+    """Guests that address the gateway's `port` reach `to` from the host; 127.0.0.1 there is the host's own loopback."""
+
+    protocol: str
+    """`tcp` or `udp`."""
+    port: int
+    to: Endpoint
+
+    def __str__(self) -> str:
+        return f"{self.protocol}:{self.port}:{self.to}"
+
+
+@dataclass(frozen=True, slots=True)
+class TunnelRule:
+    """Guests' TCP connections to `prefix` at `port` (0: any) go to the program that listens on the unix socket `path`."""
+
+    prefix: IPv4Network | IPv6Network
+    port: int
+    path: str
+
+    def __str__(self) -> str:
+        return f"{self.prefix}:{self.port or '*'} -> {self.path}"
+
+
+class Outgoing(Protocol):
+    """Where guests' new flows are led elsewhere; flows that exist go on. From the event loop's thread."""
+
+    def forward_gateway(self, forwards: Sequence[GatewayForward]) -> None:
+        """Have these ports of the gateway, in place of those before. The first that matches wins, also over services."""
+        ...
+
+    def tunnel(self, rules: Sequence[TunnelRule]) -> None:
+        """Have these tunnels, in place of those before. The first that matches wins."""
+        ...
 
 
 class Subscriber(Protocol):

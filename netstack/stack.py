@@ -21,7 +21,17 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from netstack.api import Clock, DatagramHandler, Datagrams, Endpoint, Link, SocketHandler, StreamHandler
+from netstack.api import (
+    Clock,
+    DatagramHandler,
+    Datagrams,
+    Endpoint,
+    GatewayForward,
+    Link,
+    SocketHandler,
+    StreamHandler,
+    TunnelRule,
+)
 from netstack.dhcp.leases import Leases
 from netstack.dhcp.server import Server as DhcpServer
 from netstack.errors import LinkDown, Malformed

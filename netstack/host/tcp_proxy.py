@@ -3,7 +3,8 @@
 Theory of operation. A SYN without a flow asks the policy where it may go, takes a host socket and connects it; the guest
 waits without an answer (its SYN retransmissions are absorbed) until the host has decided: connected becomes SYN-ACK, refused
 RST, unreachable an ICMP error. A published port comes the other way: the accepted socket is given to `dial` and we send the
-SYN. Connections to services on the network's own addresses run over a socket pair whose other end the service serves.
+SYN. Connections to services on the network's own addresses run over a socket pair whose other end the service serves, and
+where a tunnel takes one the host socket is a unix socket (`netstack.host.tunnels`).
 
 Table: `flows` by the 12 octets of the guest's segments. A connection that has ended keeps only a note in `TIME-WAIT` (bounded,
 oldest first out), enough to answer a repeated FIN; a new SYN there opens a new connection (T17).
@@ -36,12 +37,13 @@ from netstack.host.tcp_time_wait import Note, TimeWait
 from netstack.host.tcp_to_guest import ToGuest
 from netstack.host.tcp_to_host import ToHost
 from netstack.host.timers import Timers
+from netstack.host.tunnels import Handshake
 from netstack.iface.interface import Packet
 from netstack.iface.neighbours import Neighbour
 from netstack.iface.output import Output
 from netstack.observe.events import EventBus, FlowClosed, FlowOpened, FlowRefused
 from netstack.observe.metrics import Counters, Drop
-from netstack.policy.egress import Answer, Deny, Egress, Rewrite
+from netstack.policy.egress import Answer, Deny, Egress, Rewrite, Tunnel
 from netstack.settings import Network
 from netstack.tcp.connection import Connection
 from netstack.tcp.seq import MASK
@@ -276,10 +278,14 @@ class TcpProxy:
             self.counters.drops[Drop.TCP_LIMIT] += 1
             self._refuse(neighbour, key, seq, "too many flows")
             return
+        egress = self._egress
         service = self.services.get((address, port))
+        if service is not None and egress.overrides(6, address, port):
+            service = None
         target: tuple[str, int] | None = None
+        tunnel: Tunnel | None = None
         if service is None:
-            decision = self._egress.decide(6, address, port)
+            decision = egress.tunnelled(address, port) if egress.tunnels else egress.decide(6, address, port)
             if isinstance(decision, Deny):
                 self.counters.drops[Drop.POLICY] += 1
                 if decision.answer is Answer.PROHIBITED and address[0] == 127:
@@ -290,11 +296,13 @@ class TcpProxy:
                 return
             if isinstance(decision, Rewrite):
                 target = decision.where
+            elif isinstance(decision, Tunnel):
+                tunnel = decision
         try:
             if service is not None:
                 sock, other = self._pair()
             else:
-                sock = self.io.socket(socket.AF_INET, socket.SOCK_STREAM)
+                sock = self.io.socket(socket.AF_INET if tunnel is None else socket.AF_UNIX, socket.SOCK_STREAM)
         except OSError as error:
             self.counters.drops[Drop.DESCRIPTORS] += 1
             self._refuse(neighbour, key, seq, f"no socket: {error.strerror}")
@@ -305,6 +313,10 @@ class TcpProxy:
         if service is not None:
             self._connected(flow)
             service(other, Endpoint(key[:4], int.from_bytes(key[8:10], "big")))
+            return
+        if tunnel is not None:
+            flow.dialling(self.now + self.timeouts.tcp_connect_s)
+            Handshake(flow, tunnel, self.io, self.timers, self._connected, self.tunnel_refused).start(self.now)
             return
         try:
             prepare(sock)
@@ -417,6 +429,17 @@ class TcpProxy:
                 )
             )
         flow.finish(f"connect: {errno.errorcode.get(number, number)}", reset_host=False)
+
+    def tunnel_refused(self, flow: TcpFlow, reason: str) -> None:
+        """The program of a tunnel does not take the connection: RST, whatever the reason (spec vpnkit 7.7)."""
+        self.counters.tcp_refused += 1
+        self.refuse_waiting(flow)
+        if self._events.wanted:
+            guest, remote = flow.endpoints()
+            self._events.emit(
+                FlowRefused(time=self.now, protocol="tcp", guest=str(guest), remote=str(remote), reason=reason)
+            )
+        flow.finish(reason, reset_host=False)
 
     def refuse_waiting(self, flow: FlowState) -> None:
         """RST for the guest's SYN that waits for an answer."""

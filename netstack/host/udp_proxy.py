@@ -5,6 +5,7 @@ everything else to `input`; the sockets call back through `HostIO`; the stack ca
 
 A mapping (RFC 4787) belongs to a guest address and port whatever the destination, so it looks the same to every remote and
 hole punching works; its replies carry the remote's real address, with the host's loopback shown as the host alias.
+A port of the gateway that is forwarded elsewhere has mappings of its own, whose replies come from that port.
 Filtering is endpoint-independent too, as VPNKit's, unless `udp_filtering: endpoint`. Mappings end 90 s after the last
 datagram in either direction, 5 s after the answer of a DNS or NTP exchange, when evicted by newer ones of the same guest,
 or when the guest says that nobody listens there any more; then the port is closed, and a remote that goes on hears so from
@@ -111,6 +112,7 @@ class UdpProxy:
         self._egress = egress
         self._events = events
         self._refused: set[tuple[bytes, bytes, int]] = set()
+        self._gateway = network.gateway_bytes
         subnet = network.network
         self._subnet = (int(subnet.network_address), int(subnet.netmask))
 
@@ -142,7 +144,7 @@ class UdpProxy:
         association = self.associations.get(key)
         if association is None:
             handler = self.services.get((packet.destination, port))
-            if handler is not None:
+            if handler is not None and not self._egress.overrides(_PROTOCOL, packet.destination, port):
                 self._serve(handler, packet, Endpoint(packet.source, source_port), port, payload)
                 return
             association = self._associate(packet, key, source_port, port, now)
@@ -183,7 +185,10 @@ class UdpProxy:
             counters.drops[Drop.UDP_SEND] += 1
             return None
         real = decision.endpoint if isinstance(decision, Rewrite) else Endpoint(packet.destination, port)
-        mapping = self._mapping(packet, source_port, now)
+        forwarded = packet.destination == self._gateway
+        # A port of the gateway that leads elsewhere has a socket of its own: else the guest could address the same remote by
+        # its own name too, and an answer had two names to come from.
+        mapping = self._mapping(packet, source_port, port if forwarded else 0, now)
         if mapping is None or mapping.entry is None:
             return None
         self._mappings.spoke(mapping.entry, port)
@@ -215,9 +220,12 @@ class UdpProxy:
             mapping.contacted[address] = None
         return association
 
-    def _mapping(self, packet: Packet, source_port: int, now: float) -> Mapping | None:
+    def _mapping(self, packet: Packet, source_port: int, gateway_port: int, now: float) -> Mapping | None:
+        """The guest's socket; `gateway_port` is that of a gateway forward, else 0."""
         guest = Endpoint(packet.source, source_port)
         key = packet.source + source_port.to_bytes(2, "big")
+        if gateway_port:
+            key += gateway_port.to_bytes(2, "big")
         known = self._mappings.get(key)
         if known is not None:
             return known.owner
@@ -300,7 +308,10 @@ class UdpProxy:
         if (kind, code) != (icmp.UNREACHABLE, icmp.PORT_UNREACHABLE) or quoted[16:20] != packet.source:
             return
         at = (quoted[0] & 15) << 2
-        entry = self._mappings.get(packet.source + bytes(quoted[at + 2 : at + 4]))
+        key = packet.source + bytes(quoted[at + 2 : at + 4])
+        entry = self._mappings.get(key + bytes(quoted[at : at + 2])) if quoted[12:16] == self._gateway else None
+        if entry is None:
+            entry = self._mappings.get(key)
         if entry is not None:
             self._mappings.close(entry)
             self._end(entry, "port unreachable", now)

@@ -4,17 +4,23 @@ Asked once per new flow (TCP connect, UDP association, ping), with the final num
 DNS answer or a literal in another notation cannot lead around it (spec threats G25, G26). The answer is a value:
 
 - `Allow`: use the host's own socket towards this address;
-- `Rewrite(endpoint)`: the host alias; the guest means the host's loopback;
+- `Rewrite(endpoint)`: the host alias, by which the guest means the host's loopback, or a port of the gateway that leads
+  elsewhere (`netstack.policy.gateway_forwards`);
+- `Tunnel(path, endpoint)`: TCP alone; a program on the host takes the connection (`netstack.policy.tunnels`);
 - `Deny(reason, answer)`: no socket is opened; `answer` says how the guest is told.
 
 Rules, first match wins (DESIGN 9, threats 3.6). An IPv6 address that carries an IPv4 address (mapped, translated,
 compatible, NAT64, 6to4, Teredo, ISATAP) must pass the rules as that IPv4 address too.
 
-1. The network's own addresses: gateway (services were asked before), host alias, subnet, routed prefixes.
+1. The network's own addresses: gateway (its forwards; services were asked before), host alias, subnet, routed prefixes.
 2. Addresses that name nobody a flow can be made with: broadcast and multicast.
 3. `network.allow` prefixes are exempt from what follows (and may admit multicast).
 4. The host's loopback in any notation, unspecified, link-local, metadata, reserved.
 5. The host's own addresses, where `refuse` was told of any.
+
+A tunnel is no way around this: a rule for a wide prefix takes only what may leave, and the rest stays refused. A rule for one
+single address is the operator's word that guests may speak to it, as `allow` is, so it takes metadata services, reserved
+and own addresses too; never loopback in the guest's own notation, and nothing of the virtual network.
 """
 
 from __future__ import annotations
@@ -27,6 +33,8 @@ from typing import Final, TypeAlias
 
 from netstack.api import Endpoint
 from netstack.errors import ConfigError
+from netstack.policy.gateway_forwards import GatewayForwards
+from netstack.policy.tunnels import Tunnels
 from netstack.settings import Network
 
 LOOPBACK: Final = bytes((127, 0, 0, 1))
@@ -68,6 +76,14 @@ class Rewrite:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "where", (self.endpoint.text, self.endpoint.port))
+
+
+@dataclass(frozen=True, slots=True)
+class Tunnel:
+    """Speak to the program at the unix socket `path` about `endpoint`, in place of a connection to it."""
+
+    path: str
+    endpoint: Endpoint
 
 
 Decision: TypeAlias = Allow | Deny | Rewrite
@@ -157,7 +173,7 @@ def _within(address: bytes, prefixes: Iterable[Prefix]) -> bool:
 
 
 class Egress:
-    """The rules of one network. Pure: the same question has the same answer until `refuse` is called.
+    """The rules of one network. Pure: the same question has the same answer until the rules are replaced.
 
     Raises `ConfigError` when `network.allow` or `network.routed` holds something that is no prefix.
     """
@@ -174,6 +190,8 @@ class Egress:
         self._own: frozenset[bytes] = frozenset()
         self._verdicts: dict[bytes, Allow | Deny] = {}
         self._rewrites: dict[int, Rewrite] = {}
+        self.gateway_forwards = GatewayForwards()
+        self.tunnels = Tunnels()
 
     def refuse(self, addresses: Iterable[bytes]) -> None:
         """Deny these destinations too (4 or 16 octets each), in place of those given before: the host's own."""
@@ -189,6 +207,10 @@ class Egress:
         verdict = self._verdicts.get(destination)
         if verdict is not None:
             return verdict
+        if destination == self._gateway:
+            # Not among the remembered verdicts, which are the same for all ports.
+            elsewhere = self.gateway_forwards.find(protocol, port)
+            return _NO_SERVICE if elsewhere is None else Rewrite(elsewhere)
         if destination == self._alias:
             rewrite = self._rewrites.get(port)
             if rewrite is None:
@@ -199,6 +221,23 @@ class Egress:
             self._verdicts.clear()
         self._verdicts[bytes(destination)] = verdict
         return verdict
+
+    def overrides(self, protocol: int, destination: bytes, port: int) -> bool:
+        """Whether a service of ours there stands back for a gateway forward."""
+        return destination == self._gateway and self.gateway_forwards.find(protocol, port) is not None
+
+    def tunnelled(self, destination: bytes, port: int) -> Decision | Tunnel:
+        """As `decide` for a TCP connection, where there are tunnels."""
+        decision = self.decide(6, destination, port)
+        endpoint = decision.endpoint if isinstance(decision, Rewrite) else Endpoint(bytes(destination), port)
+        rule = self.tunnels.find(endpoint)
+        if rule is None:
+            return decision
+        if isinstance(decision, Deny):
+            single = rule.prefix.prefixlen == rule.prefix.max_prefixlen
+            if decision.answer is not Answer.PROHIBITED or not single or destination[0] in (0, 127):
+                return decision
+        return Tunnel(rule.path, endpoint)
 
     def _judge(self, destination: bytes) -> Allow | Deny:
         verdict = self._judge_one(destination)
