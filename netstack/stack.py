@@ -18,7 +18,7 @@ import logging
 import random
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from netstack.api import (
@@ -32,13 +32,14 @@ from netstack.api import (
     StreamHandler,
     TunnelRule,
 )
-from netstack.dhcp.leases import Leases
+from netstack.dhcp.leases import LeaseRecord, Leases
 from netstack.dhcp.server import Server as DhcpServer
 from netstack.errors import LinkDown, Malformed
+from netstack.flow.records import FlowRecord
 from netstack.host.icmp_proxy import IcmpProxy
 from netstack.host.io import READ, HostIO, native_io
 from netstack.host.tcp_flow_state import FlowState
-from netstack.host.tcp_proxy import FlowInfo, TcpProxy
+from netstack.host.tcp_proxy import TcpProxy
 from netstack.host.timers import Timers
 from netstack.host.udp_proxy import UdpProxy
 from netstack.iface.interface import Interface, Packet
@@ -49,8 +50,10 @@ from netstack.iface.switch import Port, Switch
 from netstack.ip import icmp
 from netstack.ip.fragments import Reassembler
 from netstack.ip.ipv4 import Identifications
+from netstack.link.capture import CaptureLink
 from netstack.link.common import bare
 from netstack.observe.events import Contained, EventBus
+from netstack.observe.live import Live
 from netstack.observe.metrics import Counters
 from netstack.policy.egress import Egress
 from netstack.settings import Network
@@ -131,6 +134,10 @@ class Stack:
         self._lost: dict[bytes, float] = {}
         self._begun_anew: set[bytes] = set()
         """Addresses that were asked for by a guest without one, and that it has not used yet."""
+        self.live = Live(self._watch_links)
+        """Live captures of all links."""
+        self._plain: dict[Port, Link] = {}
+        """What was attached to ports whose link has a live capture around it now."""
         self._busy: set[Port] = set()
         """Ports to look at again in the next round: frames may come without a word."""
         self._looks: dict[Port, Callable[[int], None]] = {}
@@ -150,12 +157,42 @@ class Stack:
         port.on_down = self.detach
         port.on_blocked = self._blocked
         self.switch.ports.append(port)
+        if self.live:
+            self._plain[port] = link
+            port.use(CaptureLink(link, self.live))
+        self._watch_link(port)
+        return port
+
+    def _watch_link(self, port: Port) -> None:
         ready = self._ready_function(port)
         if port.wakes_itself:
-            link.watch(self.io, ready)  # type: ignore[attr-defined]
+            port.link.watch(self.io, ready)  # type: ignore[attr-defined]
         else:
-            self.io.watch(link.fileno(), ready, edge=False)
-        return port
+            self.io.watch(port.link.fileno(), ready, edge=False)
+
+    def _unwatch_link(self, port: Port) -> None:
+        if port.wakes_itself:
+            port.link.unwatch()  # type: ignore[attr-defined]
+        else:
+            self.io.unwatch(port.link.fileno())
+
+    def _watch_links(self, on: bool) -> None:
+        """Put live captures around all links, or take them off: ports, and who is called when a link is ready, hold the other."""
+        for port in tuple(self.switch.ports):
+            self._unwatch_link(port)
+            if on:
+                self._plain[port] = port.link
+                port.use(CaptureLink(port.link, self.live))
+            else:
+                port.use(self._plain.pop(port))
+            try:
+                self._watch_link(port)
+                if port.congested:
+                    self._want_room(port, True)
+            except OSError as error:  # no room to watch it again
+                port.down(f"cannot be watched: {error.strerror}")
+        if not self._closed:
+            self._work()
 
     def _ready_function(self, port: Port) -> Callable[[int], None]:
         """What to call when the port's link is ready; links that find trains are asked for them."""
@@ -185,17 +222,15 @@ class Stack:
         port.alive = False
         self._busy.discard(port)
         self._looks.pop(port, None)
-        if port.wakes_itself:
-            port.link.unwatch()  # type: ignore[attr-defined]
-        else:
-            self.io.unwatch(port.link.fileno())
+        self._unwatch_link(port)
+        link = self._plain.pop(port, port.link)
         self.switch.forget(port)
         self.dhcp.forget_port(port)
         until = self.clock() + GUEST_LOST_S
         for neighbour in self.neighbours.port_lost(port):
             self._lost[neighbour.ip] = until
-        self.on_detached(port.link, reason)
-        port.link.close()
+        self.on_detached(link, reason)
+        link.close()
 
     def _blocked(self, port: Port) -> None:
         self._want_room(port, True)
@@ -535,15 +570,46 @@ class Stack:
 
     # For people.
 
-    def flows(self) -> list[FlowInfo]:
-        """Every TCP flow and UDP mapping."""
+    def flows(self) -> list[FlowRecord]:
+        """Every TCP flow and UDP mapping, without asking the host's sockets for their names."""
         now = self.clock()
-        found = self.tcp.info()
-        for flow in self.udp.flows():
-            remotes = ",".join(map(str, flow.remotes[:3])) or "*"
-            octets = flow.octets_outbound, flow.octets_inbound
-            found.append(FlowInfo("udp", str(flow.guest), remotes, flow.direction, "", *octets, now - flow.opened))
-        return found
+        return self.tcp.records(now) + self.udp.records(now)
+
+    def flow_table(self) -> list[FlowRecord]:
+        """Everything guests have open, pings too, with the names of the host's sockets."""
+        now = self.clock()
+        parts = (self.tcp, self.udp, self.icmp)
+        return [record for part in parts for record in part.records(now, ends=True)]
+
+    def reset_flow(self, id: str) -> bool:
+        """End the flow of that name (`FlowRecord.id`): RST to both ends of a TCP connection, a UDP mapping or ping socket is
+        closed. False when there is none."""
+        self.tcp.now = self.clock()
+        done = self.tcp.reset(id) or self.udp.reset(id) or self.icmp.reset(id)
+        self._work()
+        return done
+
+    def lease_table(self) -> list[LeaseRecord]:
+        """Who has which address: leases that hold, and addresses fixed for a MAC."""
+
+        def link_of(address: bytes, mac: bytes) -> str | None:
+            neighbour = self.neighbours.get(address)
+            return neighbour.port.name if neighbour is not None and neighbour.mac == mac and neighbour.port else None
+
+        return self.leases.records(self.clock(), link_of)
+
+    def cam(self) -> dict[str, int]:
+        """The switch's table: MAC address to number of port. The gateway, which is on every port, has 0."""
+        learnt = {mac.hex(":"): port.number for mac, port in self.switch.table().items()}
+        return {self.network.gateway_mac_bytes.hex(":"): 0, **learnt}
+
+    def stats(self) -> Mapping[str, int]:
+        """Every counter by its name, drops as `drops.REASON`; and as gvproxy has them `BytesSent` and `BytesReceived`, octets of
+        frames towards the guests and from them."""
+        counters = self.counters
+        numbers = {name: value for name, value in counters.as_dict().items() if isinstance(value, int)}
+        drops = {f"drops.{reason}": count for reason, count in counters.drops.items()}
+        return {"BytesSent": counters.octets_out, "BytesReceived": counters.octets_in, **numbers, **drops}
 
     def status(self) -> dict[str, object]:
         """A summary for status pages; plain values."""
@@ -596,6 +662,7 @@ class Stack:
         for port in tuple(self.switch.ports):
             port.push()
             self.detach(port, "shutting down")
+        self.live.close()
         for task in tuple(self._tasks):
             task.cancel()
         self.io.close()

@@ -48,10 +48,19 @@ class SavedReservation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SavedStatic:
+    """A static lease that was given while the network ran; those of the settings are not saved."""
+
+    address: bytes
+    mac: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SavedState:
     counter: int
     leases: tuple[SavedLease, ...]
     reservations: tuple[SavedReservation, ...]
+    statics: tuple[SavedStatic, ...] = ()
 
 
 def clean_hostname(text: bytes) -> str:
@@ -89,6 +98,9 @@ def write_state(state: SavedState) -> dict[str, object]:
             }
             for item in state.reservations
         ],
+        "statics": [
+            {"address": str(ipaddress.IPv4Address(item.address)), "mac": item.mac.hex(":")} for item in state.statics
+        ],
     }
 
 
@@ -106,6 +118,7 @@ def read_state(document: object) -> SavedState:
             counter=counter,
             leases=_records(document["leases"], _read_lease),
             reservations=_records(document["reservations"], _read_reservation),
+            statics=_records(document.get("statics", []), _read_static),  # older files have none
         )
     except KeyError as error:
         raise Malformed(f"lease file: {error} is missing") from None
@@ -143,6 +156,10 @@ def _read_reservation(item: dict[str, Any]) -> SavedReservation:
     if not 0 < len(identity) <= MAX_IDENTITY:
         raise ValueError(f"identity is not 1 to {MAX_IDENTITY} characters")
     return SavedReservation(identity=identity, address=_address(item["address"]), mac=_mac(item["mac"]))
+
+
+def _read_static(item: dict[str, Any]) -> SavedStatic:
+    return SavedStatic(address=_address(item["address"]), mac=_mac(item["mac"]))
 
 
 def _integer(value: object) -> int:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from netstack.api import Clock, Endpoint
 from netstack.errors import Malformed
+from netstack.flow.records import FlowRecord, flow_id, host_ends
 from netstack.host import error_queue
 from netstack.host.error_queue import QueuedError
 from netstack.host.io import ERROR, READ, HostIO
@@ -373,6 +374,36 @@ class IcmpProxy:
             )
             for entry in self._pings
         ]
+
+    def records(self, now: float, *, ends: bool = False) -> list[FlowRecord]:
+        """The same for the control API; with `ends` each ping socket is asked for its name (its port is our identifier)."""
+        return [
+            FlowRecord(
+                id=flow_id("icmp", entry.key, entry.opened),
+                protocol="icmp",
+                direction="outbound",
+                guest=str(Endpoint(entry.owner.guest, entry.owner.identifier)),
+                remote="*",
+                remotes=0,
+                host_local=host_ends(entry.owner.sock)[0] if ends else "",
+                host_remote="",
+                state="ANSWERED" if entry.answered else "UNANSWERED",
+                octets_outbound=entry.octets_outbound,
+                octets_inbound=entry.octets_inbound,
+                age_s=now - entry.opened,
+                idle_s=now - entry.used,
+            )
+            for entry in self._pings
+        ]
+
+    def reset(self, id: str) -> bool:
+        """Close the ping socket named so (`FlowRecord.id`); False when there is none."""
+        for entry in self._pings:
+            if flow_id("icmp", entry.key, entry.opened) == id:
+                self._pings.close(entry)
+                self._end(entry.owner)
+                return True
+        return False
 
     def _end(self, ping: Ping) -> None:
         self._io.unwatch(ping.fd)

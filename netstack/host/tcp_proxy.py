@@ -21,11 +21,11 @@ import random
 import socket
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Final
 
 from netstack.api import Endpoint
 from netstack.errors import Malformed
+from netstack.flow.records import FlowRecord, flow_id, host_ends
 from netstack.host.io import ERROR, HANGUP, HostIO, first_source_port
 from netstack.host.octets import Budget, OctetsOf
 from netstack.host.tcp_burst import Burst
@@ -67,20 +67,6 @@ _UNREACHABLE: Final = {
 _IN_PROGRESS: Final = frozenset((errno.EINPROGRESS, errno.EALREADY, errno.EINTR))
 _CONNECTED: Final = frozenset((0, errno.EISCONN))
 _DESCRIPTORS: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
-
-
-@dataclass(frozen=True, slots=True)
-class FlowInfo:
-    """One flow for people: text endpoints, octets both ways, age in seconds."""
-
-    protocol: str
-    guest: str
-    remote: str
-    direction: str
-    state: str
-    octets_outbound: int
-    octets_inbound: int
-    age_s: float
 
 
 class TcpProxy:
@@ -553,20 +539,39 @@ class TcpProxy:
             flow.abort(reason)
         self.time_wait.clear()
 
-    def info(self) -> list[FlowInfo]:
-        found: list[FlowInfo] = []
+    # For people.
+
+    def records(self, now: float, *, ends: bool = False) -> list[FlowRecord]:
+        """Every flow; with `ends` its host socket is asked for its names, two system calls each."""
+        return [self._record(flow, now, ends) for flow in self.flows.values()]
+
+    def reset(self, id: str) -> bool:
+        """RST to both ends of the flow named so (`FlowRecord.id`); False when there is none."""
         for flow in self.flows.values():
-            guest, remote = flow.endpoints()
-            found.append(
-                FlowInfo(
-                    "tcp",
-                    str(guest),
-                    str(remote),
-                    "inbound" if flow.inbound else "outbound",
-                    flow.conn.state.value if flow.conn is not None else "CONNECTING",
-                    flow.octets_out,
-                    flow.octets_in,
-                    self.now - flow.opened_at,
-                )
-            )
-        return found
+            if flow_id("tcp", flow.key, flow.opened_at) == id:
+                flow.abort("reset by hand")
+                return True
+        return False
+
+    def _record(self, flow: TcpFlow, now: float, ends: bool) -> FlowRecord:
+        guest, remote = flow.endpoints()
+        local, peer = host_ends(flow.sock) if ends else ("", "")
+        if flow.conn is not None:
+            state = flow.conn.state.value
+        else:
+            state = "RESOLVING" if flow.inbound else "CONNECTING"
+        return FlowRecord(
+            id=flow_id("tcp", flow.key, flow.opened_at),
+            protocol="tcp",
+            direction="inbound" if flow.inbound else "outbound",
+            guest=str(guest),
+            remote=str(remote),
+            remotes=1,
+            host_local=local,
+            host_remote=peer,
+            state=state,
+            octets_outbound=flow.octets_out,
+            octets_inbound=flow.octets_in,
+            age_s=now - flow.opened_at,
+            idle_s=None,
+        )

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from netstack.api import Clock, DatagramHandler, Endpoint, Reply
 from netstack.errors import Malformed
+from netstack.flow.records import FlowRecord, flow_id, host_ends
 from netstack.host import error_queue
 from netstack.host.io import HostIO
 from netstack.host.udp_publish import Publication
@@ -321,7 +322,8 @@ class UdpProxy:
     def publish(self, guest: Endpoint, sock: Any, show_client: bool = False) -> Publication:
         """Carry the datagrams that arrive at the bound host socket `sock`, which is ours from here on, to `guest`.
 
-        With `show_client` it sees each peer's own address where it can. Raises `OSError` when the socket cannot be watched; it is closed then.
+        With `show_client` it sees each peer's own address where it can. Raises `OSError` when the socket cannot be watched; it
+        is closed then.
         """
         try:
             publication = Publication(self, sock, guest, show_client)
@@ -378,6 +380,41 @@ class UdpProxy:
             )
             for direction, entry, holder, associations in self._listed()
         ]
+
+    def records(self, now: float, *, ends: bool = False) -> list[FlowRecord]:
+        """The same for the control API; with `ends` each host socket is asked for its name."""
+        return [
+            FlowRecord(
+                id=flow_id("udp", entry.key, entry.opened),
+                protocol="udp",
+                direction=direction,
+                guest=str(holder.guest),
+                remote=str(associations[-1].destination) if associations else "*",
+                remotes=len(associations),
+                host_local=host_ends(holder.sock)[0] if ends else "",
+                host_remote=str(Endpoint.of(*associations[-1].address)) if ends and associations else "",
+                state="ANSWERED" if entry.answered else "UNANSWERED",
+                octets_outbound=entry.octets_outbound,
+                octets_inbound=entry.octets_inbound,
+                age_s=now - entry.opened,
+                idle_s=now - entry.used,
+            )
+            for direction, entry, holder, associations in self._listed()
+        ]
+
+    def reset(self, id: str) -> bool:
+        """Close the mapping named so (`FlowRecord.id`), or forget the peer of a published port; False when there is none."""
+        now = self.wiring.clock()
+        for entry in self._mappings:
+            if flow_id("udp", entry.key, entry.opened) == id:
+                self._mappings.close(entry)
+                self._end(entry, "reset by hand", now)
+                return True
+        for peer in self.peers:
+            if flow_id("udp", peer.key, peer.opened) == id:
+                self._forget(peer.owner)
+                return True
+        return False
 
     def _listed(self) -> list[tuple[str, Entry[Any], GuestSocket, list[Association]]]:
         outbound: list[tuple[str, Entry[Any], GuestSocket, list[Association]]] = [

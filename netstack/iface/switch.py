@@ -60,9 +60,7 @@ class Port:
     )
 
     def __init__(self, link: Link, number: int, counters: Counters, identity: str | None = None) -> None:
-        self.link = link
-        self._link_send = link.send
-        self._link_send_one: Callable[[memoryview], object] = getattr(link, "send_one", None) or self._one_of_many
+        self.use(link)
         self.number = number
         self.counters = counters
         self.identity = identity
@@ -72,7 +70,6 @@ class Port:
         self.tso = link.tso
         self.partial = link.partial_checksums
         self.partial_in = getattr(link, "partial_checksums_in", link.partial_checksums)
-        self._link_room: Callable[[int, int, bytes, bool], Room | None] | None = getattr(link, "room", None)
         self.publish: Callable[[], None] | None = getattr(link, "publish", None)
         """To be called when a turn is over."""
         self.polled = hasattr(link, "busy")
@@ -93,6 +90,13 @@ class Port:
         self._queue: list[Frame] = []
         self._backlog: deque[bytes] = deque()
         self._backlog_octets = 0
+
+    def use(self, link: Link) -> None:
+        """Send by `link` from here on: the same link, with or without a wrapper around it."""
+        self.link = link
+        self._link_send = link.send
+        self._link_send_one: Callable[[memoryview], object] = getattr(link, "send_one", None) or self._one_of_many
+        self._link_room: Callable[[int, int, bytes, bool], Room | None] | None = getattr(link, "room", None)
 
     @property
     def name(self) -> str:

@@ -11,16 +11,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from netstack.api import Frame, Link
 from netstack.link.common import Wrapper
-from netstack.observe.pcap import INBOUND, OUTBOUND, PcapWriter
+from netstack.observe.pcap import INBOUND, OUTBOUND
+
+
+class Sink(Protocol):
+    """Where frames are written: a capture file (`PcapWriter`), or whoever looks on (`Live`)."""
+
+    def add_interface(self, name: str) -> int:
+        """The number of the link `name`."""
+        ...
+
+    def write(self, number: int, direction: int, time_ns: int, frame: bytes | memoryview, /) -> None:
+        """One frame; the view ends with the call."""
+        ...
 
 
 class CaptureLink(Wrapper):
     """`Link` that records. `inner` is the link itself. `wall_ns` are nanoseconds since 1970."""
 
-    def __init__(self, inner: Link, writer: PcapWriter, *, wall_ns: Callable[[], int] = time.time_ns) -> None:
+    def __init__(self, inner: Link, writer: Sink, *, wall_ns: Callable[[], int] = time.time_ns) -> None:
         super().__init__(inner)
         self._writer = writer
         self._wall_ns = wall_ns

@@ -33,14 +33,20 @@ _LINGER_NS: Final = 1_000_000_000
 _LINKTYPE_ETHERNET: Final = 1
 _SECTION_HEADER: Final = 0x0A0D0D0A
 _INTERFACE: Final = 1
+_STATISTICS: Final = 5
 _ENHANCED_PACKET: Final = 6
 _IF_NAME: Final = 2
 _IF_TSRESOL: Final = 9
 _EPB_FLAGS: Final = 2
+_EPB_DROPCOUNT: Final = 4
+_ISB_IFRECV: Final = 4
+_ISB_IFDROP: Final = 5
+_ISB_FILTERACCEPT: Final = 6
 _USER_APPLICATION: Final = 4
 
 _EPB_HEAD = struct.Struct("<IIIIIII")  # type, length, interface, timestamp high, low, captured, original
 _EPB_TAIL = struct.Struct("<HHIII")  # epb_flags, 4, direction, end of options, length
+_EPB_LOST = struct.Struct("<HHIHHQII")  # the same with epb_dropcount, 8, packets before `end of options`
 _EPB_FIXED: Final = _EPB_HEAD.size + _EPB_TAIL.size
 _PADDING: Final = (b"", b"\0\0\0", b"\0\0", b"\0")
 
@@ -68,6 +74,42 @@ def interface(name: str, snaplen: int) -> bytes:
     ]
     options = _option(_IF_NAME, shown) + _option(_IF_TSRESOL, b"\x09") + bytes(4)
     return _block(_INTERFACE, struct.pack("<HHI", _LINKTYPE_ETHERNET, 0, snaplen) + options)
+
+
+def packet_octets(captured: int, lost: int = 0) -> int:
+    """How long `put_packet` makes the block of a frame of which `captured` octets are kept."""
+    return _EPB_FIXED + captured + len(_PADDING[captured & 3]) + (_EPB_LOST.size - _EPB_TAIL.size if lost else 0)
+
+
+def put_packet(
+    buffer: bytearray,
+    number: int,
+    direction: int,
+    time_ns: int,
+    frame: bytes | bytearray | memoryview,
+    captured: int,
+    lost: int = 0,
+) -> None:
+    """Append a frame of interface `number`, its first `captured` octets; `lost` frames before it could not be kept."""
+    length = packet_octets(captured, lost)
+    original = len(frame)
+    buffer += _EPB_HEAD.pack(
+        _ENHANCED_PACKET, length, number, time_ns >> 32 & 0xFFFFFFFF, time_ns & 0xFFFFFFFF, captured, original
+    )
+    buffer += frame if captured == original else frame[:captured]
+    buffer += _PADDING[captured & 3]
+    if lost:
+        buffer += _EPB_LOST.pack(_EPB_FLAGS, 4, direction, _EPB_DROPCOUNT, 8, lost, 0, length)
+    else:
+        buffer += _EPB_TAIL.pack(_EPB_FLAGS, 4, direction, 0, length)
+
+
+def statistics(number: int, time_ns: int, *, received: int, accepted: int, lost: int) -> bytes:
+    """The counts of interface `number` up to `time_ns`: frames seen, let through by the filter, lost for want of room."""
+    counts = ((_ISB_IFRECV, received), (_ISB_IFDROP, lost), (_ISB_FILTERACCEPT, accepted))
+    options = b"".join(_option(code, count.to_bytes(8, "little")) for code, count in counts)
+    body = struct.pack("<III", number, time_ns >> 32 & 0xFFFFFFFF, time_ns & 0xFFFFFFFF) + options + bytes(4)
+    return _block(_STATISTICS, body)
 
 
 class PcapWriter:
@@ -125,20 +167,11 @@ class PcapWriter:
         """One Ethernet frame on interface `number` at `time_ns` (since 1970); `direction` is `INBOUND` or `OUTBOUND`."""
         if self.stopped is not None:
             return
-        original = len(frame)
-        captured = min(original, self._snaplen)
-        padding = _PADDING[captured & 3]
-        length = _EPB_FIXED + captured + len(padding)
-        buffer = self._buffer
-        if self._size + len(buffer) + length > self._limit:
+        captured = min(len(frame), self._snaplen)
+        if self._size + len(self._buffer) + packet_octets(captured) > self._limit:
             self._rotate()
-            buffer = self._buffer
-        buffer += _EPB_HEAD.pack(
-            _ENHANCED_PACKET, length, number, time_ns >> 32 & 0xFFFFFFFF, time_ns & 0xFFFFFFFF, captured, original
-        )
-        buffer += frame if captured == original else frame[:captured]
-        buffer += padding
-        buffer += _EPB_TAIL.pack(_EPB_FLAGS, 4, direction, 0, length)
+        buffer = self._buffer
+        put_packet(buffer, number, direction, time_ns, frame, captured)
         self.frames += 1
         if len(buffer) >= _BUFFER or not 0 <= time_ns - self._written_ns < _LINGER_NS:
             self._written_ns = time_ns

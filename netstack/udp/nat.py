@@ -67,6 +67,11 @@ class Entry(Generic[Owner]):
         """When either side last spoke."""
         return self.sent if self.sent > self.heard else self.heard
 
+    @property
+    def answered(self) -> bool:
+        """Whether the other side ever spoke."""
+        return self.heard != float("-inf")
+
     def expires(self) -> float:
         """When the entry is over unless somebody speaks before."""
         if self.brief and self.heard >= self.sent:
