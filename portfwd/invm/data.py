@@ -1,0 +1,292 @@
+"""The forwarder without its command line: data connections of the host, and what flows through them to targets in the VM.
+
+    host --data connection--> Connection --(generation found)--> channel + destination --dial--> target
+                                 one per flow in generation 1, one for all flows in 2 and 3
+
+Whatever the host opens is bounded: sockets towards targets by one `Budget`, data connections by a second one; what exceeds the
+first is refused as if the target had, what exceeds the second waits in the kernel's queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import logging
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from netstack.errors import HostError, Malformed
+from portfwd.carriers import Destination
+from portfwd.invm.limits import Budget, Counts
+from portfwd.invm.targets import Client, Patience, UdpTarget, dial
+from portfwd.invm.transport import Address, Listening
+from portfwd.mux.accept import Accepted
+from portfwd.mux.channel import Channel, Ending
+from portfwd.mux.engine import Limits, Role
+from portfwd.mux.records import Record, RecordChannel
+from portfwd.mux.splice import splice
+
+log = logging.getLogger("pyvpnkit.forwarder")
+
+ACCEPT_BATCH: Final = 64
+REST_S: Final = 0.25
+"""Rest of a listener while no data connection, descriptor or memory is to be had."""
+SPEAK_S: Final = 30.0
+"""A host that connected and says nothing for so long is let go: until it speaks its generation is not known."""
+REDIAL_S: Final = 1.0  # spec vpnkit 1.2
+DIAL_TIMEOUT_S: Final = 10.0
+LOG_EVERY_S: Final = 30.0  # spec vpnkit 1.2
+
+_SCARCE: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+
+@dataclass(slots=True)
+class Flows:
+    """Makes flows out of channels, for all data connections."""
+
+    budget: Budget
+    patience: Patience = field(default_factory=Patience)
+    counts: Counts = field(default_factory=Counts)
+
+    async def stream(self, target: Destination, channel: Channel) -> None:
+        """Dial a `tcp` or `unix` target and join it to `channel`; a refusal closes the channel. Never raises `OSError`."""
+        if not self.budget.take():
+            self.counts["flows refused: too many"] += 1
+            channel.close()
+            return
+        try:
+            sock = await dial(target, self.patience)
+        except OSError as error:
+            self.budget.give()
+            self.counts["flows refused by the target"] += 1
+            log.debug("%s: %s", target, error.strerror or type(error).__name__)
+            channel.close()
+            return
+        except BaseException:
+            self.budget.give()
+            channel.close()
+            raise
+        self.counts["flows"] += 1
+        log.debug("%s: connected", target)
+
+        def over(reason: str) -> None:
+            self.budget.give()
+            log.debug("%s: over %s", target, reason)
+
+        splice(channel, sock, on_close=over)
+
+
+class UdpFlow:
+    """One channel of records and its UDP target. `on_over` is called when the host ended it, not after `close`."""
+
+    def __init__(self, flows: Flows, target: Destination, channel: Channel, on_over: Callable[[UdpFlow], None]) -> None:
+        self._flows = flows
+        self._on_over = on_over
+        flows.counts["udp flows"] += 1
+        self._goal = UdpTarget(
+            target, self._answer, budget=flows.budget, counts=flows.counts, idle_s=flows.patience.udp_idle_s
+        )
+        self._records = RecordChannel(channel, self._record, self._ended)
+
+    def _record(self, one: Record) -> None:
+        self._goal.datagram(Client(one.address, one.port, one.zone), one.payload)
+
+    def _answer(self, client: Client, payload: bytes) -> None:
+        try:
+            taken = self._records.send(Record(payload, client.address, client.port, client.zone))
+        except Malformed:  # an IPv6 target may say 20 octets more than fit
+            taken = False
+        if not taken:
+            self._flows.counts["udp datagrams dropped"] += 1
+
+    def _ended(self, why: Ending) -> None:
+        self._goal.close()
+        self._on_over(self)
+
+    def close(self) -> None:
+        self._goal.close()
+        self._records.close()
+
+
+class Connection:
+    """One data connection. `close` ends it and all that flows through it."""
+
+    def __init__(self, flows: Flows, sock: socket.socket, *, role: Role, generation: int | None, most: int) -> None:
+        self._flows = flows
+        self._dialling: set[asyncio.Task[None]] = set()
+        self._datagrams: set[UdpFlow] = set()
+        self.over = asyncio.Event()
+        self.reason = ""
+        self._loop = asyncio.get_running_loop()
+        self._accepted = Accepted(
+            sock,
+            self._opened,
+            role=role,
+            generation=generation,
+            on_end=self._ended,
+            limits=Limits(channels=most),
+        )
+        self._silence = self._loop.call_later(SPEAK_S, self._silent)
+
+    @property
+    def generation(self) -> int | None:
+        """1, 2 or 3; `None` until the host spoke."""
+        return self._accepted.generation
+
+    def _silent(self) -> None:
+        if self.generation is None:
+            self._flows.counts["data connections that said nothing"] += 1
+            self.close()
+
+    def _opened(self, target: Destination, channel: Channel) -> None:
+        if target.protocol == "udp":
+            self._datagrams.add(UdpFlow(self._flows, target, channel, self._datagrams.discard))
+            return
+        task = self._loop.create_task(self._flows.stream(target, channel))
+        self._dialling.add(task)
+        task.add_done_callback(self._dialling.discard)
+
+    def _ended(self, reason: str) -> None:
+        self.reason = reason
+        self._silence.cancel()
+        for task in tuple(self._dialling):
+            task.cancel()
+        for flow in tuple(self._datagrams):
+            flow.close()
+        self._datagrams.clear()
+        self.over.set()
+
+    def close(self) -> None:
+        self._accepted.close()
+
+    def dump(self) -> str:
+        return self._accepted.dump()
+
+
+class Data:
+    """All data connections of one forwarder."""
+
+    def __init__(self, flows: Flows, *, most_connections: int, redial_s: float = REDIAL_S) -> None:
+        self.flows = flows
+        self.connections: set[Connection] = set()
+        self._seats = Budget(most_connections)
+        self._redial_s = redial_s
+        self._loop = asyncio.get_running_loop()
+        self._listening: list[tuple[Address, Listening]] = []
+        self._resting: dict[int, asyncio.TimerHandle] = {}
+        self._waiting: set[asyncio.Task[None]] = set()
+
+    def serve(self, sock: socket.socket, *, role: Role, generation: int | None) -> Connection:
+        """Take over a connected data connection, whose seat is taken already."""
+        connection = Connection(self.flows, sock, role=role, generation=generation, most=self.flows.budget.most)
+        self.connections.add(connection)
+        self.flows.counts["data connections"] += 1
+        task = self._loop.create_task(self._seated(connection))
+        self._waiting.add(task)
+        task.add_done_callback(self._waiting.discard)
+        return connection
+
+    async def _seated(self, connection: Connection) -> None:
+        try:
+            await connection.over.wait()
+        finally:
+            self.connections.discard(connection)
+            self._seats.give()
+        if connection.reason and connection.generation != 1:
+            log.warning("a data connection ended: %s", connection.reason)
+
+    def listen(self, address: Address, *, generation: int | None = None) -> None:
+        """Accept data connections at `address`; raises `HostError`."""
+        listening = address.listener()
+        self._listening.append((address, listening))
+        self._loop.add_reader(listening.sock.fileno(), self._accept, listening.sock, generation)
+        log.info("data connections are accepted at %s", address)
+
+    def _accept(self, listener: socket.socket, generation: int | None) -> None:
+        for _ in range(ACCEPT_BATCH):
+            if not self._seats.take():
+                self._rest(listener, generation, "as many data connections as may be are open")
+                return
+            try:
+                sock, _peer = listener.accept()
+            except OSError as error:
+                self._seats.give()
+                if error.errno in _SCARCE:
+                    self._rest(listener, generation, error.strerror or "")
+                    return
+                if isinstance(error, BlockingIOError):
+                    return
+                continue  # that one gave up (accept(2))
+            sock.setblocking(False)
+            if sock.family in (socket.AF_INET, socket.AF_INET6):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.serve(sock, role=Role.LISTENER, generation=generation)
+
+    def _rest(self, listener: socket.socket, generation: int | None, why: str) -> None:
+        if not self.flows.counts["rests of a listener"]:
+            log.warning("%s; hosts wait in the queue", why)
+        self.flows.counts["rests of a listener"] += 1
+        descriptor = listener.fileno()
+        self._loop.remove_reader(descriptor)
+
+        def resume() -> None:
+            del self._resting[descriptor]
+            self._loop.add_reader(descriptor, self._accept, listener, generation)
+
+        self._resting[descriptor] = self._loop.call_later(REST_S, resume)
+
+    async def keep_connected(self, address: Address, *, generation: int | None = 3) -> None:
+        """Dial the host, serve the connection, and again when it ends. Returns for `fd:N` alone, which can be had once."""
+        told = float("-inf")
+        while True:
+            try:
+                async with asyncio.timeout(DIAL_TIMEOUT_S):
+                    sock = await address.connect()
+            except (OSError, HostError) as error:
+                if self._loop.time() - told >= LOG_EVERY_S:
+                    told = self._loop.time()
+                    why = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or "no answer"
+                    log.warning("cannot connect to the host at %s: %s; trying every %g s", address, why, self._redial_s)
+                if address.kind == "fd":
+                    return
+            else:
+                if self._seats.take():
+                    log.info("connected to the host at %s", address)
+                    told = float("-inf")
+                    await self.serve(sock, role=Role.CONNECTOR, generation=generation).over.wait()
+                    log.info("the connection to the host at %s ended", address)
+                else:
+                    sock.close()
+                if address.kind == "fd":
+                    return
+            await asyncio.sleep(self._redial_s)
+
+    def status(self) -> dict[str, Any]:
+        """Plain values for people."""
+        return {
+            "data connections": [{"generation": one.generation} for one in self.connections],
+            "sockets to targets": {"held": self.flows.budget.held, "most": self.flows.budget.most},
+            "counts": dict(sorted(self.flows.counts.items())),
+        }
+
+    def dump(self) -> str:
+        """`status`, and the last events of every multiplexer."""
+        parts = [json.dumps(self.status(), indent=1)]
+        parts += [one.dump() for one in self.connections if one.generation != 1]
+        return "\n".join(parts) + "\n"
+
+    async def close(self) -> None:
+        """Stop listening, end every connection and wait until all is let go."""
+        for timer in self._resting.values():
+            timer.cancel()
+        for _address, listening in self._listening:
+            self._loop.remove_reader(listening.sock.fileno())
+            listening.close()
+        self._listening.clear()
+        for connection in tuple(self.connections):
+            connection.close()
+        if self._waiting:
+            await asyncio.wait(self._waiting)
