@@ -1,17 +1,23 @@
 """How what arrives on the host side of a forward gets into the guest.
 
-    a listener --connected socket--> Carrier --+--> our own TCP and UDP (`netstack.api.Dialer`): addresses of guests
-                                               +--> a `DataPlane`: VPNKit's forwarder in the VM, for what only the VM reaches
+a listener --connected socket--> Carriers --+--> our own TCP and UDP (`netstack.api.Dialer`): addresses of guests
+                                            +--> a `DataPlane`: VPNKit's forwarder in the VM, for what only the VM reaches
 """
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from netstack.api import Datagrams
+from netstack.api import Datagrams, Dialer, Endpoint
+from netstack.errors import ConfigError
+from portfwd import proxy_protocol
+from portfwd.spec import PublishSpec
+
+FindGuest = Callable[[], bytes]
+"""The address of the guest meant by a spec without GUESTIP, in network order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,18 +34,17 @@ class Destination:
     def __str__(self) -> str:
         if self.protocol == "unix":
             return f"unix:{self.path}"
-        family = socket.AF_INET if len(self.address) == 4 else socket.AF_INET6
-        text = socket.inet_ntop(family, self.address)
-        return f"{self.protocol}:[{text}]:{self.port}" if ":" in text else f"{self.protocol}:{text}:{self.port}"
+        return f"{self.protocol}:{Endpoint(self.address, self.port)}"
 
 
 class DataPlane(Protocol):
     """The way to VPNKit's forwarder (`portfwd.mux.plane`)."""
 
-    def stream(self, target: Destination, sock: socket.socket) -> None:
+    def stream(self, target: Destination, sock: socket.socket, *, preface: bytes = b"") -> None:
         """Own a connected, non-blocking stream socket of the host and carry its octets to `target` and back.
 
-        Half-close crosses both ways. When the forwarder refuses, or cannot be reached, the socket is reset. Never raises.
+        `preface` goes to the target in front of them. Half-close crosses both ways. When the forwarder refuses, or cannot be
+        reached, the socket is reset. Never raises.
         """
         ...
 
@@ -61,3 +66,71 @@ class DataPlane(Protocol):
     async def close(self) -> None:
         """End every connection and task."""
         ...
+
+
+class Carriers:
+    """The ways there are, for the listeners of one registry.
+
+    `may_show(address)` says whether the guest may see a client under its own IPv4 address (4 octets): not one of the virtual
+    network's, nor the host's loopback.
+    """
+
+    def __init__(
+        self,
+        find_guest: FindGuest,
+        *,
+        plane: DataPlane | None = None,
+        may_show: Callable[[bytes], bool] = lambda address: True,
+    ) -> None:
+        self.find_guest = find_guest
+        self.plane = plane
+        self._may_show = may_show
+        self.dialer: Dialer | None = None
+        """There from the moment that the stack runs."""
+
+    def check(self, spec: PublishSpec) -> None:
+        """Raise `ConfigError` for a spec that needs a way there is none of."""
+        if spec.via == "forwarder" and self.plane is None:
+            raise ConfigError(
+                f"publish: {spec}: there is no forwarder to go by; set `forwarder`, such as "
+                "--forwarder hyperkit:/PATH/connect, or publish a port of the guest itself"
+            )
+
+    def guest(self, spec: PublishSpec) -> bytes:
+        """The address meant by `spec`, 4 octets."""
+        return self.find_guest() if spec.guest is None else socket.inet_aton(spec.guest)
+
+    def stream(self, spec: PublishSpec, sock: socket.socket, client: Any) -> None:
+        """Carry an accepted connection; `client` is what `accept` said of its other end. Takes over `sock`."""
+        preface = proxy_protocol.header(spec.proxy, client, sock.getsockname()) if spec.proxy else b""
+        if spec.via == "forwarder":
+            assert self.plane is not None
+            self.plane.stream(_destination(spec), sock, preface=preface)
+            return
+        assert self.dialer is not None
+        source = self._seen(client) if spec.source == "client" else None
+        self.dialer.dial(Endpoint(self.guest(spec), spec.guest_port), sock, source=source, preface=preface)
+
+    def datagrams(self, spec: PublishSpec, sock: socket.socket) -> Datagrams:
+        """Carry what arrives at a bound UDP socket, which is taken over. Raises `OSError`."""
+        if spec.via == "forwarder":
+            assert self.plane is not None
+            return self.plane.datagrams(_destination(spec), sock)
+        assert self.dialer is not None
+        guest = Endpoint(self.guest(spec), spec.guest_port)
+        return self.dialer.datagrams(guest, sock, show_client=spec.source == "client")
+
+    def _seen(self, client: Any) -> Endpoint | None:
+        text = client[0].removeprefix("::ffff:")
+        if ":" in text:
+            return None  # an IPv6 client cannot be a peer of an IPv4 guest
+        address = socket.inet_aton(text)
+        return Endpoint(address, client[1]) if address[0] != 127 and self._may_show(address) else None
+
+
+def _destination(spec: PublishSpec) -> Destination:
+    if spec.guest_path:
+        return Destination("unix", path=spec.guest_path)
+    assert spec.guest is not None
+    end = Endpoint.of(spec.guest, spec.guest_port)
+    return Destination("udp" if spec.protocol == "udp" else "tcp", end.address, end.port)

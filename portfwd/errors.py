@@ -16,7 +16,9 @@ class AlreadyPublished(ConfigError):
     """The host side of a wanted forward is taken by `forward`, one of ours."""
 
     def __init__(self, spec: PublishSpec, forward: Forward) -> None:
-        super().__init__(f"publish: {spec} is published already, as {forward} by {forward.owner}; remove that one first")
+        super().__init__(
+            f"publish: {spec} is published already, as {forward} by {forward.owner}; remove that one first"
+        )
         self.spec = spec
         self.forward = forward
 

@@ -1,10 +1,9 @@
-"""The host sockets of published ports.
+"""The host sockets of forwards.
 
-A TCP listener is a raw non-blocking socket with a reader in the loop: each wake-up accepts a batch and hands every connected
-socket to `Dialer.dial`, which carries it into the guest; nothing of a connection stays here. When descriptors run out
-the listener sleeps a quarter of a second instead of being woken for ever by the connection it cannot accept; those who wait
-stay in the kernel's queue and are served when descriptors come back. A UDP port is one bound socket lent to
-`Dialer.datagrams`.
+A stream listener (TCP or Unix) is a raw non-blocking socket with a reader in the loop: each wake-up accepts a batch and hands
+every connected socket to `Carriers.stream`; nothing of a connection stays here. When descriptors run out the listener
+sleeps a quarter of a second instead of being woken for ever by the connection it cannot accept; those who wait stay in
+the kernel's queue and are served when descriptors come back. A UDP port is one bound socket lent to `Carriers.datagrams`.
 """
 
 from __future__ import annotations
@@ -12,12 +11,17 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import os
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Final, Protocol
 
-from netstack.api import Datagrams, Dialer, Endpoint
-from netstack.errors import HostError
+from netstack.api import Datagrams
+from netstack.errors import ConfigError
+from netstack.link.listening import UnixSocket
+from portfwd.carriers import Carriers
+from portfwd.errors import BindFailed
 from portfwd.holders import explain
 from portfwd.spec import PublishSpec
 
@@ -32,17 +36,19 @@ PAUSE_S: Final = 0.25
 
 _SCARCE: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
-FindGuest = Callable[[], bytes]
-"""The address of the guest meant by a spec without GUESTIP, in network order."""
+Inherit = Callable[[PublishSpec], socket.socket | None]
+"""A bound socket for a spec that somebody with more rights prepared (`portfwd.inherited`), or `None`."""
 
 
 class Listener(Protocol):
-    """One bound port."""
+    """One bound port or path."""
 
     spec: PublishSpec
     """As asked for, with the host port that was really bound."""
+    accepted: int
+    """Connections taken so far."""
 
-    def start(self, dialer: Dialer, loop: asyncio.AbstractEventLoop) -> None: ...
+    def start(self, loop: asyncio.AbstractEventLoop) -> None: ...
 
     def retarget(self) -> None:
         """The default guest may have changed."""
@@ -51,8 +57,32 @@ class Listener(Protocol):
     def close(self) -> None: ...
 
 
-def bound_socket(spec: PublishSpec) -> socket.socket:
-    """A non-blocking socket bound (and listening, for TCP) as `spec` says; raises `HostError` that says what is in the way."""
+def open_listener(spec: PublishSpec, carriers: Carriers, inherit: Inherit = lambda spec: None) -> Listener:
+    """Bind what `spec` (a single port or path) says; raises `BindFailed` that says what is in the way."""
+    if spec.protocol == "unix":
+        path = _unix_socket(spec)
+        return StreamListener(spec, path.sock, carriers, path.close)
+    sock = inherit(spec) or _bound_socket(spec)
+    actual = replace(spec, port=sock.getsockname()[1])
+    if spec.protocol == "tcp":
+        return StreamListener(actual, sock, carriers, sock.close)
+    return UdpListener(actual, sock, carriers)
+
+
+def _unix_socket(spec: PublishSpec) -> UnixSocket:
+    """A dead socket at the path is replaced, anything else refused; directories on the way are made."""
+    try:
+        os.makedirs(os.path.dirname(spec.path), mode=0o755, exist_ok=True)
+        return UnixSocket(spec.path, socket.SOCK_STREAM, setting="unix", backlog=BACKLOG)
+    except ConfigError as error:
+        raise BindFailed(spec, str(error).removeprefix("unix: "), errno.EADDRINUSE) from None
+    except OSError as error:
+        why = f"{error.filename}: {error.strerror}; choose another path"
+        raise BindFailed(spec, why, error.errno or errno.EIO) from None
+
+
+def _bound_socket(spec: PublishSpec) -> socket.socket:
+    """A non-blocking socket bound (and listening, for TCP) as `spec` says."""
     family = socket.AF_INET6 if ":" in spec.bind else socket.AF_INET
     kind = socket.SOCK_STREAM if spec.protocol == "tcp" else socket.SOCK_DGRAM
     sock = None
@@ -71,34 +101,33 @@ def bound_socket(spec: PublishSpec) -> socket.socket:
     except OSError as error:
         if sock is not None:
             sock.close()
-        raise HostError(f"cannot publish {spec}: {explain(error, spec.protocol, spec.bind, spec.port)}") from None
+        why = explain(error, spec.protocol, spec.bind, spec.port)
+        raise BindFailed(spec, why, error.errno or errno.EIO) from None
     return sock
 
 
-class TcpListener:
-    """A published TCP port."""
+class StreamListener:
+    """A published TCP port or Unix socket. `release` frees it."""
 
-    def __init__(self, spec: PublishSpec, sock: socket.socket, find_guest: FindGuest) -> None:
+    def __init__(self, spec: PublishSpec, sock: socket.socket, carriers: Carriers, release: Callable[[], None]) -> None:
         self.spec = spec
         self._sock = sock
-        self._find_guest = find_guest
-        self._fixed = None if spec.guest is None else socket.inet_aton(spec.guest)
-        self._dialer: Dialer | None = None
+        self._carriers = carriers
+        self._release = release
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pause: asyncio.TimerHandle | None = None
         self.accepted = 0
         self.pauses = 0
         """Times this listener rested because descriptors or memory were short."""
 
-    def start(self, dialer: Dialer, loop: asyncio.AbstractEventLoop) -> None:
-        self._dialer, self._loop = dialer, loop
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
         loop.add_reader(self._sock.fileno(), self._accept)
 
     def _accept(self) -> None:
-        assert self._dialer is not None
         for _ in range(ACCEPT_BATCH):
             try:
-                connection, _peer = self._sock.accept()
+                connection, client = self._sock.accept()
             except (BlockingIOError, InterruptedError):
                 return
             except OSError as error:
@@ -109,7 +138,7 @@ class TcpListener:
             self.accepted += 1
             connection.setblocking(False)
             try:
-                self._dialer.dial(Endpoint(self._fixed or self._find_guest(), self.spec.guest_port), connection)
+                self._carriers.stream(self.spec, connection, client)
             except Exception:  # one connection's failure must not end the port
                 log.exception("%s: a connection could not be handed on", self.spec)
                 connection.close()
@@ -137,34 +166,35 @@ class TcpListener:
             self._pause = None
         elif self._loop is not None and self._sock.fileno() >= 0:
             self._loop.remove_reader(self._sock.fileno())
-        self._sock.close()
+        self._release()
 
 
 class UdpListener:
     """A published UDP port."""
 
-    def __init__(self, spec: PublishSpec, sock: socket.socket, find_guest: FindGuest) -> None:
+    accepted = 0
+
+    def __init__(self, spec: PublishSpec, sock: socket.socket, carriers: Carriers) -> None:
         self.spec = spec
         self._sock = sock
-        self._find_guest = find_guest
-        self._fixed = None if spec.guest is None else socket.inet_aton(spec.guest)
-        self._dialer: Dialer | None = None
-        self._guest = b""
+        self._carriers = carriers
+        self._started = False
+        self._target = b""
         self._datagrams: Datagrams | None = None
 
-    def start(self, dialer: Dialer, loop: asyncio.AbstractEventLoop) -> None:
-        self._dialer = dialer
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._started = True
         self.retarget()
 
     def retarget(self) -> None:
-        guest = self._fixed or self._find_guest()
-        if self._dialer is None or guest == self._guest:
+        target = b"forwarder" if self.spec.via == "forwarder" else self._carriers.guest(self.spec)
+        if not self._started or target == self._target:
             return
         if self._datagrams is not None:
             self._datagrams.close()
-        self._guest = guest
-        # A duplicate, because the stack closes what it was lent and the port must stay ours for the next guest.
-        self._datagrams = self._dialer.datagrams(Endpoint(guest, self.spec.guest_port), self._sock.dup())
+        self._target = target
+        # A duplicate, because who carries closes what it was lent, and the port must stay ours for the next guest.
+        self._datagrams = self._carriers.datagrams(self.spec, self._sock.dup())
 
     def close(self) -> None:
         if self._datagrams is not None:

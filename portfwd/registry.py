@@ -1,38 +1,56 @@
-"""All published ports of one network: add, remove, list, and bring in line with a changed settings file.
+"""All forwards of one network, whoever made them: add, remove, list, and bring in line with a changed settings file.
 
-A spec with a range is one forward: it is bound as a whole or not at all. Ports may be bound before there is a stack to hand
-connections to (`add` before `start`), so that a port in the way is reported before anything else happens.
+Every front door (settings, command line, `/v1`, VPNKit's two APIs, gvproxy's) acts on this one table, so each sees what the
+others made; the `Owner` of a forward says whose it is. A spec with a range is one forward: it is bound as a whole or not
+at all. Ports may be bound before there is a stack to hand connections to (`add` before `start`), so that a port in the way is
+reported before anything else happens. Used from the event loop's thread only.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
 from netstack.api import Clock, Dialer
 from netstack.errors import ConfigError, HostError, NetstackError
 from netstack.observe.events import EventBus, ForwardAdded, ForwardRemoved
-from portfwd.listeners import FindGuest, Listener, TcpListener, UdpListener, bound_socket
+from portfwd.carriers import Carriers, FindGuest
+from portfwd.errors import AlreadyPublished, NotAllowed, TooMany
+from portfwd.listeners import Inherit, Listener, open_listener
+from portfwd.owners import SETTINGS, Owner
 from portfwd.spec import PublishSpec
 
 MAX_FORWARDS: Final = 1024
 """Ports published at once (threats-and-faults L5)."""
+ANY: Final = {"0.0.0.0": 4, "::": 6}
+"""In the list of allowed addresses these stand for every address of the family, as in VPNKit."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Forward:
     """A published spec and its listeners."""
 
+    id: int
+    """Never given to another one."""
     asked: PublishSpec
+    owner: Owner
     listeners: tuple[Listener, ...]
+    since: float
+    """On the registry's clock."""
 
     @property
     def spec(self) -> PublishSpec:
         """`asked`, with the host port the operating system chose where 0 was asked for."""
         return replace(self.asked, port=self.listeners[0].spec.port)
+
+    @property
+    def accepted(self) -> int:
+        """Connections taken so far, all ports of it together."""
+        return sum(listener.accepted for listener in self.listeners)
 
     def __str__(self) -> str:
         return str(self.spec)
@@ -43,80 +61,119 @@ class Registry:
 
     def __init__(
         self,
-        find_guest: FindGuest,
+        find_guest: FindGuest | None = None,
         *,
+        carriers: Carriers | None = None,
+        allowed: Iterable[str] = tuple(ANY),
+        inherit: Inherit = lambda spec: None,
         events: EventBus | None = None,
         clock: Clock = time.monotonic,
         max_forwards: int = MAX_FORWARDS,
     ) -> None:
-        self._find_guest = find_guest
+        self.carriers = carriers if carriers is not None else Carriers(find_guest or (lambda: bytes(4)))
+        self.allowed = frozenset(allowed)
+        """Host addresses that forwards may be bound on; what the settings themselves publish is not asked."""
+        self.changed: Callable[[], None] = lambda: None
+        """Called after each change."""
+        self._inherit = inherit
         self._events = events
         self._clock = clock
         self._max = max_forwards
-        self._forwards: list[Forward] = []
-        self._dialer: Dialer | None = None
+        self._forwards: dict[int, Forward] = {}
+        self._numbers = itertools.count(1)
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def __iter__(self) -> Iterator[Forward]:
-        return iter(tuple(self._forwards))
+        return iter(tuple(self._forwards.values()))
 
     def __len__(self) -> int:
-        return sum(forward.asked.count for forward in self._forwards)
+        """Ports and paths published."""
+        return sum(forward.asked.count for forward in self._forwards.values())
 
     def start(self, dialer: Dialer, loop: asyncio.AbstractEventLoop) -> None:
         """Begin to hand connections on, for the ports bound so far and those added later."""
-        self._dialer, self._loop = dialer, loop
-        for forward in self._forwards:
+        self._loop = loop
+        self.carriers.dialer = dialer
+        for forward in self:
             for listener in forward.listeners:
-                listener.start(dialer, loop)
+                listener.start(loop)
 
-    def add(self, spec: PublishSpec) -> Forward:
-        """Publish `spec`; raises `HostError` when a port cannot be bound and `ConfigError` when it is published already."""
-        if spec.port and any(_overlap(spec, forward.spec) for forward in self._forwards):
-            raise ConfigError(f"publish: {spec} is published already; remove it first")
-        if len(self) + spec.count > self._max:
-            raise ConfigError(f"publish: {spec} would exceed {self._max} published ports; remove some first")
+    def add(self, spec: PublishSpec, owner: Owner = SETTINGS) -> Forward:
+        """Publish `spec` for `owner`.
+
+        Raises `AlreadyPublished` when one of ours is in the way, `NotAllowed`, `TooMany`, other `ConfigError`s, and
+        `BindFailed` for what the operating system says.
+        """
+        self._check(spec, owner)
         listeners: list[Listener] = []
         try:
             for single in spec.each():
-                sock = bound_socket(single)
-                actual = replace(single, port=sock.getsockname()[1])
-                kind = TcpListener if spec.protocol == "tcp" else UdpListener
-                listeners.append(kind(actual, sock, self._find_guest))
-            if self._dialer is not None and self._loop is not None:
+                listeners.append(open_listener(single, self.carriers, self._inherit))  # noqa: PERF401  # closed if one fails
+            if self._loop is not None:
                 for listener in listeners:
-                    listener.start(self._dialer, self._loop)
+                    listener.start(self._loop)
         except BaseException:
             for listener in listeners:
                 listener.close()
             raise
-        forward = Forward(spec, tuple(listeners))
-        self._forwards.append(forward)
+        forward = Forward(next(self._numbers), spec, owner, tuple(listeners), self._clock())
+        self._forwards[forward.id] = forward
         if self._events is not None:
-            self._events.emit(ForwardAdded(time=self._clock(), forward=str(forward)))
+            self._events.emit(ForwardAdded(time=self._clock(), forward=str(forward), owner=str(owner)))
+        self.changed()
         return forward
+
+    def _check(self, spec: PublishSpec, owner: Owner) -> None:
+        if spec.port or spec.path:
+            for forward in self._forwards.values():
+                if _overlap(spec, forward.spec):
+                    raise AlreadyPublished(spec, forward)
+        if spec.protocol != "unix" and owner != SETTINGS and spec.bind not in self.allowed:
+            if not any(
+                family == (6 if ":" in spec.bind else 4) and any_ in self.allowed for any_, family in ANY.items()
+            ):
+                raise NotAllowed(
+                    spec,
+                    f"{spec.bind} is not among allowed_bind_addresses ({', '.join(sorted(self.allowed)) or 'none'})",
+                )
+        if len(self) + spec.count > self._max:
+            raise TooMany(f"publish: {spec} would exceed {self._max} published ports; remove some first")
+        self.carriers.check(spec)
 
     def remove(self, forward: Forward) -> None:
         """Free the ports of `forward`; flows that came through them go on. Harmless when it was removed before."""
-        if forward not in self._forwards:
+        if self._forwards.pop(forward.id, None) is None:
             return
-        self._forwards.remove(forward)
         for listener in forward.listeners:
             listener.close()
         if self._events is not None:
-            self._events.emit(ForwardRemoved(time=self._clock(), forward=str(forward)))
+            self._events.emit(ForwardRemoved(time=self._clock(), forward=str(forward), owner=str(forward.owner)))
+        self.changed()
+
+    def release(self, owner: Owner) -> None:
+        """Remove all that `owner` made."""
+        for forward in self.of(owner):
+            self.remove(forward)
+
+    def of(self, owner: Owner) -> list[Forward]:
+        """What `owner` made, oldest first."""
+        return [forward for forward in self if forward.owner == owner]
+
+    def by_id(self, number: int) -> Forward | None:
+        """The forward with that `id`."""
+        return self._forwards.get(number)
 
     def find(self, spec: PublishSpec) -> Forward:
         """The forward asked for as `spec` or bound as `spec`; raises `ConfigError` when there is none."""
-        for forward in self._forwards:
+        for forward in self:
             if spec in (forward.asked, forward.spec):
                 return forward
         raise ConfigError(f"publish: {spec} is not published")
 
-    def sync(self, specs: Iterable[PublishSpec]) -> list[NetstackError]:
-        """Publish exactly `specs`: what is unchanged keeps its socket. Returns what could not be published."""
+    def sync(self, specs: Iterable[PublishSpec], owner: Owner = SETTINGS) -> list[NetstackError]:
+        """Publish exactly `specs` for `owner`: what is unchanged keeps its socket. Returns what could not be published."""
         wanted = list(specs)
-        for forward in tuple(self._forwards):
+        for forward in self.of(owner):
             if forward.asked in wanted:
                 wanted.remove(forward.asked)
             else:
@@ -124,24 +181,26 @@ class Registry:
         failures: list[NetstackError] = []
         for spec in wanted:
             try:
-                self.add(spec)
+                self.add(spec, owner)
             except (HostError, ConfigError) as error:
                 failures.append(error)
         return failures
 
     def retarget(self) -> None:
         """A lease was given or ended: specs without GUESTIP may mean another guest now."""
-        for forward in self._forwards:
+        for forward in self:
             for listener in forward.listeners:
                 listener.retarget()
 
     def close(self) -> None:
         """Free every port."""
-        for forward in tuple(self._forwards):
+        for forward in self:
             self.remove(forward)
 
 
 def _overlap(one: PublishSpec, other: PublishSpec) -> bool:
+    if "unix" in (one.protocol, other.protocol):
+        return one.protocol == other.protocol and one.path == other.path
     return (
         (one.protocol, one.bind) == (other.protocol, other.bind)
         and one.port < other.port + other.count

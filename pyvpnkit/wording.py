@@ -23,9 +23,9 @@ def line(event: Event) -> str:
         case LeaseReleased():
             return f"lease {event.address} for {event.mac} has ended"
         case ForwardAdded():
-            return f"published {event.forward}"
+            return f"published {event.forward}{_by(event.owner)}"
         case ForwardRemoved():
-            return f"no longer published {event.forward}"
+            return f"no longer published {event.forward}{_by(event.owner)}"
         case FlowOpened(direction="inbound"):
             return f"{event.protocol} {event.guest} <- {event.remote} opened"
         case FlowOpened():
@@ -37,3 +37,7 @@ def line(event: Event) -> str:
             return f"{event.protocol} {event.guest} -> {event.remote} refused: {event.reason}"
         case _:
             return str(event)
+
+
+def _by(owner: str) -> str:
+    return "" if owner in ("", "settings") else f" (by {owner})"

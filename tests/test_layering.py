@@ -17,12 +17,14 @@ ANYTHING: Final = ("",)
 ARROWS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
     ("pyvpnkit", ANYTHING),
     ("vm", ("netstack.api",)),
-    ("portfwd", ("netstack.api",)),
+    # Unix sockets of forwards are found stale or not, and removed, by the one rule there is.
+    ("portfwd", ("netstack.api", "netstack.link.listening")),
     ("dns", ("netstack.api",)),
     ("ntp", ("netstack.api",)),
     ("netstack.errors", ()),
     ("netstack.api", ()),
     ("netstack.settings", ()),
+    ("netstack.jsonfile", ()),
     ("netstack.stack", ("netstack",)),
     ("netstack.wire", ()),
     ("netstack.observe", ("netstack.wire",)),
@@ -34,6 +36,7 @@ ARROWS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
             "netstack.tcp",
             "netstack.udp",
             "netstack.policy",
+            "netstack.flow",
             "netstack.wire",
             "netstack.iface",
         ),
@@ -46,6 +49,7 @@ ARROWS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
     ("netstack.udp", ("netstack.wire",)),
     ("netstack.dhcp", ("netstack.wire",)),
     ("netstack.policy", ("netstack.api",)),
+    ("netstack.flow", ("netstack.api",)),
     ("netstack", ()),
 )
 
@@ -83,6 +87,8 @@ def allowed(importer: str, imported: str) -> bool:
         open_to_all.append("netstack.observe")
     if inside(importer, "netstack") and not inside(importer, "netstack.wire"):
         open_to_all.append("netstack.settings")
+    if importer in ("netstack.dhcp.store", "portfwd.store"):
+        open_to_all.append("netstack.jsonfile")
     return any(inside(imported, target) for target in (*targets, *open_to_all))
 
 

@@ -25,7 +25,7 @@ class UnixSocket:
     Raises `ConfigError` when the path cannot be had. `close` removes the path if it still is this socket.
     """
 
-    def __init__(self, path: str, kind: int, *, setting: str) -> None:
+    def __init__(self, path: str, kind: int, *, setting: str, backlog: int = BACKLOG) -> None:
         self.path = path
         _remove_stale(path, setting)
         self.sock = socket.socket(socket.AF_UNIX, kind)
@@ -38,7 +38,7 @@ class UnixSocket:
             self._identity = _identity(path)
             self.sock.setblocking(False)
             if kind != socket.SOCK_DGRAM:
-                self.sock.listen(BACKLOG)
+                self.sock.listen(backlog)
         except OSError as error:
             self.sock.close()
             raise ConfigError(f"{setting}: {path}: {_why(error)}") from None

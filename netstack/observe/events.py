@@ -88,11 +88,13 @@ class FlowRefused(Event):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardAdded(Event):
     forward: str
+    owner: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardRemoved(Event):
     forward: str
+    owner: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -44,11 +44,17 @@ class Guests:
 
     dialled: list[tuple[Endpoint, socket.socket]] = field(default_factory=list)
     lent: list[Lent] = field(default_factory=list)
+    sources: list[Endpoint | None] = field(default_factory=list)
+    prefaces: list[bytes] = field(default_factory=list)
 
-    def dial(self, guest: Endpoint, sock: socket.socket, *, source: Any = None, on_close: Any = None) -> None:
+    def dial(
+        self, guest: Endpoint, sock: socket.socket, *, source: Any = None, on_close: Any = None, preface: bytes = b""
+    ) -> None:
         self.dialled.append((guest, sock))
+        self.sources.append(source)
+        self.prefaces.append(preface)
 
-    def datagrams(self, guest: Endpoint, sock: socket.socket) -> Lent:
+    def datagrams(self, guest: Endpoint, sock: socket.socket, *, show_client: bool = False) -> Lent:
         self.lent.append(Lent(guest, sock))
         return self.lent[-1]
 
@@ -206,8 +212,8 @@ def test_events_name_the_port_that_was_bound() -> None:
     registry.remove(registry.find(PublishSpec.parse("udp:0:53")))
     registry.remove(forward)
     assert [str(event) for event in seen] == [
-        f"ForwardAdded forward=udp:127.0.0.1:{port}:53",
-        f"ForwardRemoved forward=udp:127.0.0.1:{port}:53",
+        f"ForwardAdded forward=udp:127.0.0.1:{port}:53 owner=settings",
+        f"ForwardRemoved forward=udp:127.0.0.1:{port}:53 owner=settings",
     ]
 
 
@@ -234,7 +240,7 @@ async def test_out_of_descriptors_the_listener_rests_and_serves_those_who_waited
     registry.start(guests, asyncio.get_running_loop())
     forward = registry.add(PublishSpec.parse("0:80"))
     (listener,) = forward.listeners
-    assert isinstance(listener, portfwd.listeners.TcpListener)
+    assert isinstance(listener, portfwd.listeners.StreamListener)
     clients = []
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     for _ in range(10):
@@ -261,7 +267,7 @@ async def test_closing_a_resting_listener_leaves_nothing_in_the_loop(registry: R
     registry.start(guests, loop)
     forward = registry.add(PublishSpec.parse("0:80"))
     (listener,) = forward.listeners
-    assert isinstance(listener, portfwd.listeners.TcpListener)
+    assert isinstance(listener, portfwd.listeners.StreamListener)
     fd = listener._sock.fileno()
     listener._rest(OSError(24, "Too many open files"))
     registry.remove(forward)

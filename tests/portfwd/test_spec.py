@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from netstack.errors import ConfigError
-from portfwd.spec import PublishSpec
+from portfwd.spec import PublishSpec, split
+
+PRINTABLE = st.characters(exclude_categories=["Cs"])
+
+PATHS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20).map("/{}".format)
 
 
 @st.composite
 def specs(draw: st.DrawFn) -> PublishSpec:
-    count = draw(st.integers(1, 20))
-    return PublishSpec(
-        protocol=draw(st.sampled_from(["tcp", "udp"])),
-        bind=str(draw(st.ip_addresses())),
-        port=draw(st.integers(1 if count > 1 else 0, 65536 - count)),
-        guest=draw(st.none() | st.ip_addresses(v=4).map(str)),
-        guest_port=draw(st.integers(1, 65536 - count)),
-        count=count,
-    )
+    protocol = draw(st.sampled_from(["tcp", "udp", "unix"]))
+    to_path = protocol != "udp" and draw(st.booleans())
+    count = 1 if protocol == "unix" or to_path else draw(st.integers(1, 20))
+    fields: dict[str, Any] = {"protocol": protocol, "count": count, "annotation": draw(st.text(PRINTABLE, max_size=10))}
+    if protocol == "unix":
+        fields["path"] = draw(PATHS)
+    else:
+        fields["bind"] = str(draw(st.ip_addresses()))
+        fields["port"] = draw(st.integers(1 if count > 1 else 0, 65536 - count))
+    if to_path:
+        fields |= {"via": "forwarder", "guest_path": draw(PATHS)}
+    else:
+        fields["via"] = draw(st.sampled_from(["stack", "forwarder"]))
+        addresses = st.ip_addresses(v=4) if fields["via"] == "stack" else st.ip_addresses()
+        named = addresses.map(str)
+        fields["guest"] = draw(named if fields["via"] == "forwarder" else st.none() | named)
+        fields["guest_port"] = draw(st.integers(1, 65536 - count))
+    if protocol != "udp":
+        fields["proxy"] = draw(st.integers(0, 2))
+    if protocol != "unix" and fields["via"] == "stack":
+        fields["source"] = draw(st.sampled_from(["gateway", "client"]))
+    return PublishSpec(**fields)
 
 
 @given(specs())
@@ -50,6 +69,21 @@ def test_any_text_is_a_spec_or_a_complaint_that_shows_the_form(text: str) -> Non
         pytest.param("8000-8010:80-90", "tcp:127.0.0.1:8000-8010:80-90", id="range"),
         pytest.param("8000-8000:80", "tcp:127.0.0.1:8000:80", id="range of one"),
         pytest.param("0:80", "tcp:127.0.0.1:0:80", id="a free port"),
+        pytest.param("8080:/run/x.sock", "tcp:127.0.0.1:8080:/run/x.sock", id="to a socket in the guest"),
+        pytest.param("unix:/tmp/a:80", "unix:/tmp/a:80", id="a socket of the host"),
+        pytest.param("unix:/tmp/a:192.168.65.9:80", "unix:/tmp/a:192.168.65.9:80", id="to a certain guest"),
+        pytest.param("unix:/tmp/a:/run/docker.sock", "unix:/tmp/a:/run/docker.sock", id="socket to socket"),
+        pytest.param("unix:/a%3Ab:80", "unix:/a%3Ab:80", id="a colon in a path"),
+        pytest.param(
+            "80:172.17.0.2:80,via=forwarder",
+            "tcp:127.0.0.1:80:172.17.0.2:80,via=forwarder",
+            id="what only the VM reaches",
+        ),
+        pytest.param(
+            "80:[fd00::2]:80,via=forwarder", "tcp:127.0.0.1:80:[fd00::2]:80,via=forwarder", id="IPv6 in the VM"
+        ),
+        pytest.param("80:80,proxy=v2,source=client", "tcp:127.0.0.1:80:80,source=client,proxy=v2", id="options"),
+        pytest.param("80:80,via=stack,proxy=off", "tcp:127.0.0.1:80:80", id="options at their defaults"),
     ],
 )
 def test_short_forms(text: str, canonical: str) -> None:
@@ -75,6 +109,22 @@ def test_short_forms(text: str, canonical: str) -> None:
         pytest.param("8080:80 ", id="blank"),
         pytest.param("65530-65535:65535-65540", id="range beyond the last port"),
         pytest.param("8٠:80", id="digits of other scripts"),
+        pytest.param("unix:80", id="a socket without a path"),
+        pytest.param("unix:/a", id="a socket that leads nowhere"),
+        pytest.param("unix:a:80", id="a relative path"),
+        pytest.param("unix:/a:80-81", id="a range from one socket"),
+        pytest.param("udp:53:/run/x", id="datagrams to a path"),
+        pytest.param("8000-8001:/run/x", id="a range to one socket"),
+        pytest.param("80:/run/x,via=stack", id="a path in the guest by our own TCP"),
+        pytest.param("80:80,via=forwarder", id="the default guest by the forwarder"),
+        pytest.param("80:10.0.0.1:80,via=forwarder,source=client", id="the client's address by the forwarder"),
+        pytest.param("unix:/a:80,source=client", id="the address of a socket's client"),
+        pytest.param("udp:53:53,proxy=v1", id="PROXY for datagrams"),
+        pytest.param("80:80,proxy=v3", id="a PROXY version"),
+        pytest.param("80:80,proxy=v1,proxy=v2", id="an option twice"),
+        pytest.param("80:80,colour=red", id="an unknown option"),
+        pytest.param("80:80,", id="an empty option"),
+        pytest.param("80:80,via=bird", id="an unknown way"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(text: str) -> None:
@@ -88,3 +138,12 @@ def test_a_range_is_its_ports_in_order() -> None:
         "tcp:127.0.0.1:8001:81",
         "tcp:127.0.0.1:8002:82",
     ]
+
+
+def test_a_list_is_split_at_its_commas_but_not_at_those_of_options() -> None:
+    assert split("8080:80,proxy=v2,source=client,udp:53:53,unix:/a:80") == [
+        "8080:80,proxy=v2,source=client",
+        "udp:53:53",
+        "unix:/a:80",
+    ]
+    assert split("proxy=v1,80:80") == ["proxy=v1", "80:80"], "the complaint comes from the spec"
