@@ -1,0 +1,312 @@
+"""The control server: HTTP on `control.sock`, and on TCP where the settings say so.
+
+    control.sock (0600) --SO_PEERCRED--+
+    tcp:127.0.0.1:PORT  --token, Host--+--> HttpServer --> Guard --> /v1, /metrics; what others mount: /forwards, /services
+    accept(sock)                     --+
+
+Who may come in: on the Unix socket the daemon's own user, root, and `allowed_uids`; on TCP whoever has the token, and without a
+token whoever can reach the loopback interface. A listener beyond loopback without a token does not start. Guests have no way
+here: the listeners are the host's, and the network denies guests the host's own addresses (threats G27).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import ipaddress
+import logging
+import os
+import socket
+import struct
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from aiohttp import web
+
+from netstack.errors import ConfigError
+from netstack.link.listening import UnixSocket, peer_uid
+from pyvpnkit.api.guard import Guard
+from pyvpnkit.api.http import IDLE_S, MAX_BODY, MAX_CONNECTIONS, HttpServer, Peer
+from pyvpnkit.api.sse import EventHub
+from pyvpnkit.api.streams import Streams
+from pyvpnkit.api.v1 import Api
+from pyvpnkit.api.world import World
+
+log = logging.getLogger("pyvpnkit.control")
+
+Mount = Callable[[web.Application], None]
+"""Adds routes to the application, before it starts."""
+
+MIN_TOKEN: Final = 32
+"""Characters of a token: 256 bits are 43 in base64 and 64 in hexadecimal; this is the least that is no password."""
+ACCEPT_BATCH: Final = 64
+PAUSE_S: Final = 0.25
+"""Rest of a listener that ran out of descriptors or memory."""
+BACKLOG: Final = 1024
+TELL_S: Final = 1.0
+"""One line about strangers in so many seconds (threats A3)."""
+
+_SCARCE: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+
+class ControlServer:
+    """See the module. `path` is the Unix socket, `listen` are TCP listeners as `tcp:IP:PORT`, `mounts` add further routes.
+
+    Raises `ConfigError` at construction for what makes no sense, and from `bind` for what cannot be had.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        *,
+        path: str | None = None,
+        listen: Sequence[str] = (),
+        token: str | None = None,
+        allowed_uids: Collection[int] = (),
+        mounts: Iterable[Mount] = (),
+        max_connections: int = MAX_CONNECTIONS,
+        idle_s: float = IDLE_S,
+    ) -> None:
+        self._path = path
+        self._listen = [parse_listen(text) for text in listen]
+        _check_token(token, self._listen)
+        self._open_to_host = bool(self._listen) and token is None
+        self._allowed = frozenset(allowed_uids)
+        self._hub = EventHub(world.events, world.stack.clock)
+        self.streams = Streams(self._hub, world.stack.live)
+        self.api = Api(world, self.streams, self.counts)
+        self._guard = Guard(_own, token=token)
+        app = web.Application(client_max_size=MAX_BODY, middlewares=[self._guard.middleware], logger=log)
+        app.add_routes(self.api.routes())
+        for mount in mounts:
+            mount(app)
+        self.http = self._guard.server = HttpServer(app, max_connections=max_connections, idle_s=idle_s)
+        self._listeners: list[_Listener] = []
+        self._undo = contextlib.AsyncExitStack()
+        self._told_at = float("-inf")
+
+    @property
+    def addresses(self) -> list[str]:
+        """Where it listens: paths, and `tcp:IP:PORT` with the real port."""
+        return [listener.name for listener in self._listeners]
+
+    def counts(self) -> Mapping[str, int]:
+        """Counters, and gauges whose names begin with `open_`."""
+        counters = self.http.counters
+        return {
+            **{name: getattr(counters, name) for name in counters.__slots__},
+            "events_lost": self._hub.lost,
+            "packets_lost": self.streams.packets_lost,
+            "pauses": sum(listener.pauses for listener in self._listeners),
+            "open_connections": len(self.http.connections),
+            "open_event_streams": len(self._hub),
+            "open_captures": self.streams.captures,
+        }
+
+    def bind(self) -> None:
+        """Bind the sockets, if that was not done before; entering does it otherwise. Raises `ConfigError`."""
+        if self._listeners:
+            return
+        try:
+            if self._path is not None:
+                unix = UnixSocket(self._path, socket.SOCK_STREAM, setting="control.path", backlog=BACKLOG)
+                self._listeners.append(_Listener(self._path, unix.sock, unix.close, self.accept))
+            for address, port in self._listen:
+                sock = _bound(address, port)
+                name = _name(address, sock.getsockname()[1])
+                self._listeners.append(_Listener(name, sock, sock.close, self.accept))
+        except BaseException:
+            self._close_listeners()
+            raise
+
+    async def __aenter__(self) -> ControlServer:
+        self.bind()
+        async with contextlib.AsyncExitStack() as undo:
+            undo.callback(self._hub.close)
+            undo.callback(self._close_listeners)
+            await undo.enter_async_context(self.http)
+            undo.callback(self.streams.close)
+            undo.callback(self.stop_accepting)
+            for listener in self._listeners:
+                listener.start(self.http.loop)
+            self._undo = undo.pop_all()
+        if self._open_to_host:
+            log.warning("control: every user of this host can use %s; set control.token", ", ".join(self.addresses))
+        return self
+
+    async def __aexit__(self, *_error: object) -> None:
+        await self._undo.aclose()
+
+    def stop_accepting(self) -> None:
+        """No new clients; those there are go on. The path stays until the end."""
+        for listener in self._listeners:
+            listener.stop()
+
+    def _close_listeners(self) -> None:
+        for listener in self._listeners:
+            listener.close()
+        self._listeners.clear()
+
+    def accept(self, sock: socket.socket) -> None:
+        """Serve HTTP on a stream socket that was accepted, here or by whoever found HTTP on it; owns it. Never raises.
+
+        What comes through a Unix socket has to be a process of a user who may come in.
+        """
+        try:
+            peer = self._peer(sock)
+        except OSError:  # gone again
+            peer = None
+        if peer is None:
+            sock.close()
+        else:
+            self.http.accept(sock, peer)
+
+    def _peer(self, sock: socket.socket) -> Peer | None:
+        if sock.family != socket.AF_UNIX:
+            address, port = sock.getpeername()[:2]
+            return Peer("tcp", f"[{address}]:{port}" if ":" in address else f"{address}:{port}")
+        uid = peer_uid(sock)
+        if uid is not None and (uid in (os.geteuid(), 0) or uid in self._allowed):
+            return Peer("unix", f"uid {uid}{_process(sock)}")
+        self.http.counters.strangers += 1
+        now = self.http.loop.time()
+        if now - self._told_at >= TELL_S:
+            self._told_at = now
+            who = "an unknown user" if uid is None else f"uid {uid}{_process(sock)}"
+            log.warning("control: %s may not come in (%d so far)", who, self.http.counters.strangers)
+        return None
+
+
+class _Listener:
+    """One bound socket, whose connections go to `accept`."""
+
+    def __init__(
+        self, name: str, sock: socket.socket, release: Callable[[], None], accept: Callable[[socket.socket], None]
+    ) -> None:
+        self.name = name
+        self.pauses = 0
+        self._sock = sock
+        self._release = release
+        self._accept = accept
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._pause: asyncio.TimerHandle | None = None
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        loop.add_reader(self._sock.fileno(), self._ready)
+
+    def _ready(self) -> None:
+        for _ in range(ACCEPT_BATCH):
+            try:
+                connection, _peer = self._sock.accept()
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as error:
+                if error.errno in _SCARCE:
+                    self._rest()
+                    return
+                continue  # that client gave up
+            self._accept(connection)
+
+    def _rest(self) -> None:
+        """Without descriptors the queue's first client would wake us for ever."""
+        assert self._loop is not None
+        self.pauses += 1
+        self._loop.remove_reader(self._sock.fileno())
+        self._pause = self._loop.call_later(PAUSE_S, self._resume)
+
+    def _resume(self) -> None:
+        assert self._loop is not None
+        self._pause = None
+        self._loop.add_reader(self._sock.fileno(), self._ready)
+
+    def stop(self) -> None:
+        if self._pause is not None:
+            self._pause.cancel()
+            self._pause = None
+        elif self._loop is not None and self._sock.fileno() >= 0:
+            self._loop.remove_reader(self._sock.fileno())
+        self._loop = None
+
+    def close(self) -> None:
+        self.stop()
+        self._release()
+
+
+def parse_listen(text: str) -> tuple[str, int]:
+    """Address and port of `tcp:IP:PORT`; raises `ConfigError`."""
+    scheme, _, rest = text.partition(":")
+    host, colon, port = rest.rpartition(":")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    try:
+        if scheme != "tcp" or not colon or not (port.isascii() and port.isdecimal()) or int(port) > 65535:
+            raise ValueError
+        address = ipaddress.ip_address(bare)
+        if address.version == 6 and bare == host:
+            raise ValueError
+    except ValueError:
+        raise ConfigError(
+            f"control.listen: {text!r} is not of the form tcp:IP:PORT, such as tcp:127.0.0.1:8090 or tcp:[::1]:8090"
+        ) from None
+    return str(address), int(port)
+
+
+def _check_token(token: str | None, listen: Sequence[tuple[str, int]]) -> None:
+    if token is not None:
+        if len(token) < MIN_TOKEN or not token.isascii() or not token.isprintable() or " " in token:
+            raise ConfigError(
+                f"control.token: has to be at least {MIN_TOKEN} printable ASCII characters without blanks; "
+                "make one with `openssl rand -hex 32`"
+            )
+        return
+    for address, port in listen:
+        if not ipaddress.ip_address(address).is_loopback:
+            raise ConfigError(
+                f"control.listen: {_name(address, port)} can be reached from other hosts, and there is no token; "
+                "set control.token, or listen on 127.0.0.1"
+            )
+
+
+def _bound(address: str, port: int) -> socket.socket:
+    sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        if sock.family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((address, port))
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        from portfwd.holders import explain
+
+        raise ConfigError(f"control.listen: {explain(error, 'tcp', address, port)}") from None
+    return sock
+
+
+def _name(address: str, port: int) -> str:
+    return f"tcp:[{address}]:{port}" if ":" in address else f"tcp:{address}:{port}"
+
+
+def _process(sock: socket.socket) -> str:
+    if sys.platform != "linux":
+        return ""
+    pid, _uid, _gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return f" (pid {pid})"
+
+
+def _own(path: str) -> bool:
+    """Whether a path is one of ours, and not mounted."""
+    return path.startswith("/v1/") or path in ("/v1", "/metrics")
+
+
+def mount_routes(routes: Iterable[web.AbstractRouteDef]) -> Mount:
+    """The mount of a list of routes."""
+    held: list[Any] = list(routes)
+
+    def mount(app: web.Application) -> None:
+        app.add_routes(held)
+
+    return mount

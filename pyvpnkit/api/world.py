@@ -1,0 +1,25 @@
+"""What the control API needs of the network it controls: `pyvpnkit.service.Service`, seen from here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from netstack.observe.events import EventBus
+from netstack.stack import Stack
+from portfwd.registry import Registry
+
+
+class World(Protocol):
+    """One network at work."""
+
+    @property
+    def stack(self) -> Stack: ...
+    @property
+    def registry(self) -> Registry: ...
+    @property
+    def events(self) -> EventBus: ...
+
+    def status(self) -> Mapping[str, Any]:
+        """Plain values."""
+        ...
