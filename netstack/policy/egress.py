@@ -19,7 +19,7 @@ compatible, NAT64, 6to4, Teredo, ISATAP) must pass the rules as that IPv4 addres
 5. The host's own addresses, where `refuse` was told of any.
 
 A tunnel is no way around this: a rule for a wide prefix takes only what may leave, and the rest stays refused. A rule for one
-single address is the operator's word that guests may speak to it, as `allow` is, so it takes metadata services, reserved
+single address is the operator's word that guests may speak to it, as `allow` is, so it takes metadata services, link-local
 and own addresses too; never loopback in the guest's own notation, and nothing of the virtual network.
 """
 

@@ -3,6 +3,7 @@
 What a `FakeSocket` does is what Linux does, as far as the stack can see it:
 
 - `connect_ex` says EINPROGRESS, or a local error at once; a second call tells the outcome (`EALREADY` while it is open);
+  a unix socket (its outcome is found by `(path, 1)`) is connected at once or not at all, and after EAGAIN may try again;
 - events are edge-triggered as EPOLLET: one report after each arrival, with the whole level mask; room to write is reported
   only after a send fell short; a socket that is ready when it is watched is reported once;
 - SO_PEEK_OFF (42): each `MSG_PEEK` read moves the offset on, each read without it (also with `MSG_TRUNC`) back;
@@ -291,10 +292,12 @@ class FakeSocket(_Socket):
 
     # connecting
 
-    def connect_ex(self, address: Address) -> int:
+    def connect_ex(self, address: Address | str) -> int:
         code = self._enter("connect_ex", raising=False)
         if code:
             return code
+        if isinstance(address, str):
+            return self._connect_unix(address)
         if self.error:
             code, self.error = self.error, 0
             return code
@@ -320,6 +323,19 @@ class FakeSocket(_Socket):
         else:
             self.settle(outcome)
         return errno.EINPROGRESS
+
+    def _connect_unix(self, path: str) -> int:
+        if self.connected:
+            return errno.EISCONN
+        self.io.connects.append(self)
+        outcome = self.io.outcome((path, 1))
+        if isinstance(outcome, Refuse):
+            return outcome.code
+        if isinstance(outcome, Never):
+            return errno.EAGAIN  # its queue is full
+        self.remote, self.connected = (path, 1), True
+        self.peer.push()
+        return 0
 
     def connect(self, address: Address) -> None:
         code = self.connect_ex(address)
