@@ -48,6 +48,9 @@ _U16: Final = struct.Struct("<H")
 _U32: Final = struct.Struct("<I")
 _U64: Final = struct.Struct("<Q")
 
+data_header: Final = _DATA.pack
+"""`data_header(11, DATA, id, length)`: as `emit`, without the object."""
+
 _PROTOCOLS: Final = {1: "tcp", 2: "udp", 3: "unix"}
 _NUMBERS: Final = {name: number for number, name in _PROTOCOLS.items()}
 _MAPPED: Final = b"\0" * 10 + b"\xff\xff"
@@ -75,7 +78,7 @@ def emit_destination(target: Destination) -> bytes:
     return struct.pack("<BH", _NUMBERS[target.protocol], len(target.address)) + target.address + _U16.pack(target.port)
 
 
-def destination_size(octets: bytes | memoryview) -> int | None:
+def destination_size(octets: bytes | bytearray | memoryview) -> int | None:
     """How long the destination is that begins with `octets`; `None` while they are too few to tell.
 
     Raises `Malformed` for one that can never be right.
@@ -231,6 +234,11 @@ class Decoder:
         self._id = 0
         """... and whose they are."""
 
+    @property
+    def idle(self) -> bool:
+        """Neither a header nor a payload was begun."""
+        return not self._kept and not self._left
+
     def feed(self, octets: memoryview) -> Iterator[Piece]:
         """Frames and parts of payloads, in order. The views are parts of `octets`. Raises `MuxError`.
 
@@ -283,6 +291,6 @@ class Decoder:
                 return at
         length, command, _id = _HEAD.unpack_from(kept)
         check_head(length, command)
-        take: int = length - len(kept)
-        kept += octets[at : at + take]
-        return min(at + take, len(octets))
+        missing: int = length - len(kept)
+        kept += octets[at : at + missing]
+        return min(at + missing, len(octets))
