@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import socket
 from struct import Struct
-from typing import Final
+from typing import Any, Final
 
 from netstack.errors import LinkDown
 from netstack.link.attach import Attachments
@@ -57,7 +57,7 @@ def adopt(
     while (name := f"connect#{number}") in taken:
         number += 1
     try:
-        link = StdioLink(sock, name, mtu, counters=counters, peer_mtu=peer_mtu)
+        link: Any = StdioLink(sock, name, mtu, counters=counters, peer_mtu=peer_mtu)
     except OSError as error:
         sock.close()
         raise LinkDown(f"{name}: {error.strerror}") from None
