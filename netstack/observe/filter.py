@@ -170,14 +170,15 @@ class _Parser:
         self._depth += 1
         if self._depth > MAX_DEPTH:
             self._fail(f"at most {MAX_DEPTH} parentheses and negations around it")
-        test = part()
+        first = part()
+        rest: list[tuple[bool, Test]] = []
         while (word := self.token) in ("and", "&&", "or", "||"):
             self._take()
             alone = may_repeat and self._last is not None and self._is_value()
-            other = self._identifier(self._last) if alone and self._last is not None else part()
-            test = _both(test, other) if word in ("and", "&&") else _either(test, other)
+            test = self._identifier(self._last) if alone and self._last is not None else part()
+            rest.append((word in ("and", "&&"), test))
         self._depth -= 1
-        return test
+        return _chain(first, rest) if rest else first
 
     def _is_value(self) -> bool:
         """Whether what comes is a value, or parentheses that begin with one."""
@@ -346,6 +347,19 @@ def _both(one: Test, other: Test) -> Test:
 
 def _either(one: Test, other: Test) -> Test:
     return lambda f: one(f) or other(f)
+
+
+def _chain(first: Test, rest: list[tuple[bool, Test]]) -> Test:
+    """From left to right, each with whether it is an `and`; in a loop, since a chain may be longer than calls may nest."""
+
+    def test(f: Fields) -> bool:
+        found = first(f)
+        for both, other in rest:
+            if found is both:
+                found = other(f)
+        return found
+
+    return test
 
 
 def _opposite(test: Test) -> Test:
