@@ -17,12 +17,15 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from netstack.errors import HostError, Malformed
 from portfwd.invm import http
 from portfwd.invm.ports import Port
 from portfwd.invm.transport import Address
+
+if TYPE_CHECKING:
+    from portfwd.ninep.client import Exposed
 
 FORMS: Final = "ADDRESS (HTTP), 9p:ADDRESS, or the directory where the 9P tree is mounted"
 READ_OCTETS: Final = 8192
@@ -206,16 +209,56 @@ def answered(text: str) -> str:
 
 
 class NinePControl:
-    """The 9P tree over a connection of our own, which is kept while the port is."""
+    """The 9P tree over a connection of our own, which is kept while the port is. The client blocks: it is used in a thread."""
 
     def __init__(self, address: Address) -> None:
         self.address = address
+        self._sock: socket.socket | None = None
+        self._exposed: Exposed | None = None
 
     async def expose(self, port: Port) -> Port:
-        raise HostError("not yet")
+        request = port.request()
+        try:
+            self._sock = await self.address.connect()
+        except OSError as error:
+            raise HostError(f"cannot reach the 9P server at {self.address}: {error.strerror or error}") from None
+        try:
+            self._exposed = await asyncio.to_thread(self._expose, self._sock, request)
+        except HostError:
+            self._hang_up()
+            raise
+        return port.granted(self._exposed.request)
+
+    @staticmethod
+    def _expose(sock: socket.socket, request: str) -> Exposed:
+        from portfwd.ninep import client  # takes longer to import than all the rest, and only this way needs it
+
+        return client.expose(client.Client(sock), request)
+
+    def _hang_up(self) -> None:
+        """The host ends what came over this connection with it; a thread that waits for an answer is woken."""
+        sock, self._sock = self._sock, None
+        self._exposed = None
+        if sock is not None:
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
 
     async def unexpose(self) -> None:
-        pass
+        try:
+            if self._exposed is not None:
+                await asyncio.to_thread(self._exposed.close)
+        finally:
+            self._hang_up()
 
     async def lost(self) -> str:
-        return await _never()
+        if self._sock is None:
+            return await _never()
+        loop, descriptor, ended = asyncio.get_running_loop(), self._sock.fileno(), asyncio.Event()
+        loop.add_reader(descriptor, ended.set)  # nothing is asked, so nothing but the end can come
+        try:
+            await ended.wait()
+        finally:
+            loop.remove_reader(descriptor)
+        self._hang_up()
+        return "the connection to the 9P server ended"

@@ -73,9 +73,8 @@ class Port:
 
 
 def checked_ip(name: str, text: str) -> str:
-    """`text`, if it is an IP address; raises `ConfigError` that names the flag."""
+    """`text` in its usual spelling, if it is an IP address; raises `ConfigError` that names the flag."""
     try:
-        ipaddress.ip_address(text)
+        return str(ipaddress.ip_address(text))
     except ValueError:
         raise ConfigError(f"flag -{name}: {text!r} is no IP address") from None
-    return text

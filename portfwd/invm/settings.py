@@ -1,4 +1,4 @@
-"""Where the host is asked for ports: `vpnkit-expose-port.{json,toml,yaml,yml}` in /etc or the current directory (spec vpnkit 1.3)."""
+"""Where the host is asked for ports: `vpnkit-expose-port.yaml` (json, toml) in /etc or the current directory (spec vpnkit 1.3)."""
 
 from __future__ import annotations
 
