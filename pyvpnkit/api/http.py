@@ -17,7 +17,7 @@ import contextlib
 import json
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -162,14 +162,25 @@ class Connection(web.RequestHandler):
 
 
 class HttpServer:
-    """Serves `app`; an async context manager. Leaving ends every connection."""
+    """Serves `app`; an async context manager. Leaving ends every connection.
 
-    def __init__(self, app: web.Application, *, max_connections: int = MAX_CONNECTIONS, idle_s: float = IDLE_S) -> None:
+    `hijacked` are paths whose requests may take their connection over (`portfwd.hijack`).
+    """
+
+    def __init__(
+        self,
+        app: web.Application,
+        *,
+        hijacked: Collection[str] = (),
+        max_connections: int = MAX_CONNECTIONS,
+        idle_s: float = IDLE_S,
+    ) -> None:
         self.counters = HttpCounters()
         self.connections: set[Connection] = set()
         self.idle_s = idle_s
         self.loop: asyncio.AbstractEventLoop
         self._app = app
+        self._hijacked = frozenset(hijacked)
         self._max = max_connections
         self._runner: web.AppRunner | None = None
         self._starting: set[asyncio.Task[None]] = set()
@@ -215,12 +226,22 @@ class HttpServer:
     async def _start(self, sock: socket.socket, peer: Peer, manager: web.Server) -> None:
         try:
             sock.setblocking(False)
-            await self.loop.connect_accepted_socket(lambda: Connection(self, manager, peer, self.loop), sock)
+            await self.loop.connect_accepted_socket(self._protocol(manager, peer), sock)
         except (OSError, ValueError):  # gone again
             sock.close()
         except asyncio.CancelledError:
             sock.close()
             raise
+
+    def _protocol(self, manager: web.Server, peer: Peer) -> Callable[[], asyncio.BaseProtocol]:
+        def make() -> Connection:
+            return Connection(self, manager, peer, self.loop)
+
+        if not self._hijacked:
+            return make
+        from portfwd.hijack import Doorway
+
+        return Doorway(make, self._hijacked)
 
     def contain(self, error: BaseException | None) -> None:
         """A bug of ours ended one request: counted, and told once for each kind."""

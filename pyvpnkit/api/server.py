@@ -52,7 +52,8 @@ _SCARCE: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENO
 
 
 class ControlServer:
-    """See the module. `path` is the Unix socket, `listen` are TCP listeners as `tcp:IP:PORT`, `mounts` add further routes.
+    """See the module. `path` is the Unix socket, `listen` are TCP listeners as `tcp:IP:PORT`, `mounts` add further routes,
+    of which `hijacked` are paths that may take their connection over (`portfwd.hijack`).
 
     Raises `ConfigError` at construction for what makes no sense, and from `bind` for what cannot be had.
     """
@@ -66,6 +67,7 @@ class ControlServer:
         token: str | None = None,
         allowed_uids: Collection[int] = (),
         mounts: Iterable[Mount] = (),
+        hijacked: Collection[str] = (),
         max_connections: int = MAX_CONNECTIONS,
         idle_s: float = IDLE_S,
     ) -> None:
@@ -82,7 +84,9 @@ class ControlServer:
         app.add_routes(self.api.routes())
         for mount in mounts:
             mount(app)
-        self.http = self._guard.server = HttpServer(app, max_connections=max_connections, idle_s=idle_s)
+        self.http = self._guard.server = HttpServer(
+            app, hijacked=hijacked, max_connections=max_connections, idle_s=idle_s
+        )
         self._listeners: list[_Listener] = []
         self._undo = contextlib.AsyncExitStack()
         self._told_at = float("-inf")
@@ -133,7 +137,8 @@ class ControlServer:
                 listener.start(self.http.loop)
             self._undo = undo.pop_all()
         if self._open_to_host:
-            log.warning("control: every user of this host can use %s; set control.token", ", ".join(self.addresses))
+            doors = ", ".join(name for name in self.addresses if name != self._path)
+            log.warning("control: every user of this host can use %s; set control.token", doors)
         return self
 
     async def __aexit__(self, *_error: object) -> None:
