@@ -134,7 +134,7 @@ class PortTable:
             return
         try:
             entry.forward = self._registry.add(request.spec(self._via), holder.owner)
-        except NetstackError as error:
+        except (NetstackError, OSError) as error:
             entry.result = f"ERROR {failure(request, error)}\n"
             return
         entry.request = _with_port(request, entry.forward)

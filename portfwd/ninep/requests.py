@@ -100,7 +100,7 @@ class PortRequest:
         )
 
 
-def failure(request: PortRequest, error: NetstackError) -> str:
+def failure(request: PortRequest, error: NetstackError | OSError) -> str:
     """Why a port was not published, in the words that Docker looks for."""
     where = request.local.where
     match error:
