@@ -74,11 +74,8 @@ def listen(where: Where) -> socket.socket:
     try:
         sock.setblocking(False)
         _remove_stale(where)
-        old = os.umask(0o177)
-        try:
-            sock.bind(where.path)
-        finally:
-            os.umask(old)
+        sock.bind(where.path)
+        os.chmod(where.path, 0o600)  # nobody can connect before `listen`
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
@@ -105,9 +102,10 @@ def _remove_stale(where: Where) -> None:
 
 
 def inherited(where: Where) -> tuple[socket.socket, bool]:
-    """The stream socket of `fd:N`, non-blocking, and whether it listens. Raises `ConfigError`."""
+    """The stream socket of `fd:N`, non-blocking, and whether it listens; the descriptor is ours. Raises `ConfigError`."""
     try:
-        sock = socket.socket(fileno=os.dup(where.fd))
+        sock = socket.socket(fileno=where.fd)
+        sock.set_inheritable(False)
     except OSError as error:
         raise ConfigError(f"forwarder: {where}: descriptor {where.fd} is no socket ({error.strerror})") from None
     try:
@@ -116,8 +114,8 @@ def inherited(where: Where) -> tuple[socket.socket, bool]:
         sock.setblocking(False)
         return sock, bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
     except OSError as error:
-        sock.close()
+        sock.detach()
         raise ConfigError(f"forwarder: {where}: descriptor {where.fd} cannot be used ({error.strerror})") from None
     except BaseException:
-        sock.close()
+        sock.detach()  # not what was meant for us, so not ours to close
         raise

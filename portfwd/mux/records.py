@@ -18,7 +18,7 @@ from portfwd.mux.frames import plain_address
 
 MAX_PAYLOAD: Final = 65507
 """The most a datagram of IPv4 can carry."""
-BEHIND: Final = 1 << 18
+BEHIND: Final = 1 << 17
 """Octets that wait until the peer takes them; datagrams beyond are dropped, as a full socket buffer would."""
 
 _U16: Final = struct.Struct("<H")
@@ -120,7 +120,7 @@ class RecordChannel:
         channel.attach(self)
 
     def send(self, record: Record) -> bool:
-        """Send, or drop and count (`dropped`) when the peer is behind by more than 256 KiB; False: dropped."""
+        """Send, or drop and count (`dropped`) when the peer is behind by more than 128 KiB; False: dropped."""
         octets = emit(record)
         if self._over or self._behind + len(octets) > BEHIND:
             self.dropped += 1

@@ -178,6 +178,8 @@ class Session:
         sock.setblocking(False)
         _widen(sock)
         self._loop.add_reader(sock.fileno(), self._readable)
+        self.changed: asyncio.Future[None] = self._loop.create_future()
+        """Done when the peer has greeted, or the session is over."""
         self._first: asyncio.Handle | None = self._loop.call_soon(self._begin, received)
 
     def _begin(self, received: bytes) -> None:
@@ -266,9 +268,10 @@ class Session:
             self._corked = False
         self._flush()
         self._let_in()
-        if self._on_ready is not None and mux.greeted and not self._over:
-            ready, self._on_ready = self._on_ready, None
-            ready()
+        if mux.greeted and not self.changed.done() and not self._over:
+            self.changed.set_result(None)
+            if self._on_ready is not None:
+                self._on_ready()
 
     def _opened(self, flow: Flow) -> None:
         channel = MuxChannel(self, flow)
@@ -365,6 +368,8 @@ class Session:
                     log.exception("mux: the channel to %s failed", flow.destination)
         if not self._finished.done():
             self._finished.set_result(reason)
+        if not self.changed.done():
+            self.changed.set_result(None)
         if self._on_end is not None:
             self._on_end(reason)
 

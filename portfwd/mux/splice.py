@@ -29,16 +29,18 @@ def splice(
     channel: Channel,
     sock: socket.socket,
     *,
+    preface: bytes = b"",
     on_close: Callable[[str], None] | None = None,
     loop: asyncio.AbstractEventLoop | None = None,
 ) -> Splice:
     """Carry octets both ways between `channel` and the connected, stream `sock` (TCP or unix), which it owns from here on.
 
-    Attaches to the channel. Half-close crosses both ways; what one side does not take stops the other. A channel that is
-    refused or lost resets the socket (SO_LINGER 0), one that is closed closes it after the last octet. `on_close(reason)` is
-    called once, at the end: a value of `Ending`, `reset` (the socket failed) or `aborted`.
+    Attaches to the channel. `preface` goes into it before what the socket says. Half-close crosses both ways; what one side does
+    not take stops the other. A channel that is refused or lost resets the socket (SO_LINGER 0), one that is closed closes it
+    after the last octet. `on_close(reason)` is called once, at the end: a value of `Ending`, `reset` (the socket failed) or
+    `aborted`.
     """
-    return Splice(channel, sock, on_close, loop or asyncio.get_running_loop())
+    return Splice(channel, sock, preface, on_close, loop or asyncio.get_running_loop())
 
 
 def reset(sock: socket.socket) -> None:
@@ -57,11 +59,13 @@ class Splice:
         self,
         channel: Channel,
         sock: socket.socket,
+        preface: bytes,
         on_close: Callable[[str], None] | None,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         self._channel = channel
         self._sock = sock
+        self._preface = memoryview(preface)
         self._on_close = on_close
         self._loop = loop
         self._scratch = channel.scratch
@@ -81,6 +85,10 @@ class Splice:
         if not self._done and not self._channel_over:
             self.room()
 
+    @property
+    def done(self) -> bool:
+        return self._done
+
     # From the socket to the channel.
 
     def room(self) -> None:
@@ -91,6 +99,11 @@ class Splice:
         limit = self._channel.sendable()
         if not limit:
             self._watch_reading(False)
+            return
+        if self._preface:
+            first, self._preface = self._preface[:limit], self._preface[limit:]
+            self._channel.send(first)
+            self._readable()
             return
         scratch = self._scratch
         try:

@@ -86,10 +86,16 @@ class Where:
         if options.get("port") == 0:
             raise _wrong(text, "a port is 1 to 4294967295")
         if kind != "fd":
-            return cls(kind=kind, path=rest, **options)
+            return cls(
+                kind=kind,
+                path=rest,
+                cid=options.get("cid", FIRST_CID),
+                port=options.get("port", 0),
+                generation=options.get("generation", 3),
+            )
         if not _NUMBER.fullmatch(rest):
             raise _wrong(text, "a descriptor is a number from 0")
-        return cls(kind=kind, fd=int(rest), **options)
+        return cls(kind=kind, fd=int(rest), generation=options.get("generation", 3))
 
     @classmethod
     def vsock_path(cls, text: str) -> Where:
