@@ -25,8 +25,6 @@ log = logging.getLogger("pyvpnkit.control")
 
 Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-AUDIT: Final = "pyvpnkit.audit"
-"""A handler leaves under this name in the request what the log should say of it."""
 _READING: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
@@ -49,6 +47,7 @@ class Guard:
         async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
             connection = connection_of(request)
             connection.busy()
+            connection.audit = ""
             self.server.counters.requests += 1
             status = 500
             try:
@@ -139,7 +138,7 @@ class Guard:
 
     def _log(self, request: web.Request, status: int) -> None:
         """Who changed what, for every request that may change something."""
-        about = request.get(AUDIT, "")
+        about = connection_of(request).audit
         log.info(
             "control: %s: %s %s: %d%s",
             connection_of(request).peer.text,

@@ -82,10 +82,10 @@ def complaint(status: int, message: str, **more: Any) -> web.Response:
 class Connection(web.RequestHandler):
     """One client's connection."""
 
-    def __init__(self, server: HttpServer, manager: web.Server, peer: Peer, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, server: HttpServer, manager: web.Server, peer: Peer, slot: object) -> None:
         super().__init__(
             manager,
-            loop=loop,
+            loop=server.loop,
             keepalive_timeout=IDLE_S,
             access_log=None,  # type: ignore[arg-type]  # as aiohttp's own runner gives it for none
             logger=log,
@@ -95,7 +95,10 @@ class Connection(web.RequestHandler):
         self.peer = peer
         self.on_lost: Callable[[], None] | None = None
         """Called when the client is gone."""
+        self.audit = ""
+        """What the log should say of the request that is being answered."""
         self._server = server
+        self._slot = slot
         self._idle: asyncio.TimerHandle | None = None
         self._heard = False
 
@@ -107,6 +110,7 @@ class Connection(web.RequestHandler):
     def connection_lost(self, exc: BaseException | None) -> None:
         self.busy()
         self._server.connections.discard(self)
+        self._server.leave(self._slot)
         super().connection_lost(exc)
         if self.on_lost is not None:
             self.on_lost()
@@ -184,6 +188,8 @@ class HttpServer:
         self._max = max_connections
         self._runner: web.AppRunner | None = None
         self._starting: set[asyncio.Task[None]] = set()
+        self._slots: set[object] = set()
+        """One for each connection that there is or that is being set up."""
         self._told: set[str] = set()
 
     async def __aenter__(self) -> HttpServer:
@@ -211,7 +217,7 @@ class HttpServer:
             sock.close()
             return
         self.counters.connections += 1
-        if len(self.connections) + len(self._starting) >= self._max:
+        if len(self._slots) >= self._max:
             self.counters.too_many += 1
             words = f"{self._max} connections are open already; close some and try again"
             with contextlib.suppress(OSError):
@@ -219,23 +225,31 @@ class HttpServer:
                 sock.send(_raw("429 Too Many Requests", words))
             sock.close()
             return
-        task = self.loop.create_task(self._start(sock, peer, runner.server))
+        slot = object()
+        self._slots.add(slot)
+        task = self.loop.create_task(self._start(sock, peer, runner.server, slot))
         self._starting.add(task)
         task.add_done_callback(self._starting.discard)
 
-    async def _start(self, sock: socket.socket, peer: Peer, manager: web.Server) -> None:
+    def leave(self, slot: object) -> None:
+        """A connection has ended, or did not come about; harmless when repeated."""
+        self._slots.discard(slot)
+
+    async def _start(self, sock: socket.socket, peer: Peer, manager: web.Server, slot: object) -> None:
         try:
             sock.setblocking(False)
-            await self.loop.connect_accepted_socket(self._protocol(manager, peer), sock)
+            await self.loop.connect_accepted_socket(self._protocol(manager, peer, slot), sock)
         except (OSError, ValueError):  # gone again
+            self.leave(slot)
             sock.close()
         except asyncio.CancelledError:
+            self.leave(slot)
             sock.close()
             raise
 
-    def _protocol(self, manager: web.Server, peer: Peer) -> Callable[[], asyncio.BaseProtocol]:
+    def _protocol(self, manager: web.Server, peer: Peer, slot: object) -> Callable[[], asyncio.BaseProtocol]:
         def make() -> Connection:
-            return Connection(self, manager, peer, self.loop)
+            return Connection(self, manager, peer, slot)
 
         if not self._hijacked:
             return make

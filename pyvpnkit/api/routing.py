@@ -16,8 +16,7 @@ from aiohttp import web
 
 from pyvpnkit.api import schema
 from pyvpnkit.api.errors import ApiError
-from pyvpnkit.api.guard import AUDIT
-from pyvpnkit.api.http import json_answer
+from pyvpnkit.api.http import connection_of, json_answer
 from pyvpnkit.api.schema import Invalid, Schema
 
 JSON: Final = "application/json"
@@ -91,7 +90,7 @@ class Operation:
         answer = await self.handler(call)
         if isinstance(answer, web.StreamResponse):
             return answer
-        request[AUDIT] = answer.audit
+        connection_of(request).audit = answer.audit
         return json_answer(answer.status, answer.value)
 
     def _path(self, request: web.Request) -> dict[str, Any]:

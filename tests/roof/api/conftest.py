@@ -61,7 +61,9 @@ class Client:
         """Status and headers of the next answer."""
         async with asyncio.timeout(LIMIT_S):
             lines = (await self.reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
-        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:] if line)}
+        headers = {
+            name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:] if line)
+        }
         return Reply(int(lines[0].split()[1]), headers, b"")
 
     async def chunks(self) -> AsyncIterator[bytes]:
@@ -141,11 +143,14 @@ async def control_server(directory: Path, **options: Any) -> AsyncIterator[Contr
     settings = loader.load(None, {"links": [f"qemu:{link}"], "dns.hosts_file": ["off"]})
     options.setdefault("path", str(path))
     async with Service(settings) as service:
-        async with ControlServer(service, **options) as server:
-            made = Control(service, server, str(path), str(link))
-            try:
+        made = None
+        try:
+            async with ControlServer(service, **options) as server:
+                made = Control(service, server, str(path), str(link))
                 yield made
-            finally:
+        finally:
+            # After the server, so that it has to end the connections itself.
+            if made is not None:
                 await made.close()
     assert not faults, faults
     assert server.http.counters.contained == 0
