@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -49,16 +50,21 @@ def flow_id(protocol: Protocol, key: bytes, opened: float) -> str:
     return hashlib.blake2b(struct.pack("<d", opened) + key, digest_size=6, person=protocol.encode()).hexdigest()
 
 
-def host_ends(sock: Any) -> tuple[str, str]:
-    """The two ends of a host socket as text; what it does not have is empty."""
-    return _end(sock.getsockname), _end(sock.getpeername)
+def local_end(sock: Any) -> str:
+    """The name of a host socket as text; empty where it has none."""
+    return _end(sock.getsockname)
 
 
-def _end(ask: Any) -> str:
+def remote_end(sock: Any) -> str:
+    """The name of its other end; empty where it is not connected (yet, or any more)."""
+    return _end(sock.getpeername)
+
+
+def _end(ask: Callable[[], Any]) -> str:
     try:
         name = ask()
     except OSError:
-        return ""  # not connected (yet, or any more)
+        return ""
     if isinstance(name, tuple):
         return f"[{name[0]}]:{name[1]}" if ":" in name[0] else f"{name[0]}:{name[1]}"
     # A unix socket: its path, bytes for an abstract one, empty where it has no name.

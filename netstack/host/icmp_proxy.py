@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from netstack.api import Clock, Endpoint
 from netstack.errors import Malformed
-from netstack.flow.records import FlowRecord, flow_id, host_ends
+from netstack.flow.records import FlowRecord, flow_id, local_end
 from netstack.host import error_queue
 from netstack.host.error_queue import QueuedError
 from netstack.host.io import ERROR, READ, HostIO
@@ -385,7 +385,7 @@ class IcmpProxy:
                 guest=str(Endpoint(entry.owner.guest, entry.owner.identifier)),
                 remote="*",
                 remotes=0,
-                host_local=host_ends(entry.owner.sock)[0] if ends else "",
+                host_local=local_end(entry.owner.sock) if ends else "",
                 host_remote="",
                 state="ANSWERED" if entry.answered else "UNANSWERED",
                 octets_outbound=entry.octets_outbound,

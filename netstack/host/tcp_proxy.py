@@ -25,7 +25,7 @@ from typing import Any, Final
 
 from netstack.api import Endpoint
 from netstack.errors import Malformed
-from netstack.flow.records import FlowRecord, flow_id, host_ends
+from netstack.flow.records import FlowRecord, flow_id, local_end, remote_end
 from netstack.host.io import ERROR, HANGUP, HostIO, first_source_port
 from netstack.host.octets import Budget, OctetsOf
 from netstack.host.tcp_burst import Burst
@@ -555,7 +555,7 @@ class TcpProxy:
 
     def _record(self, flow: TcpFlow, now: float, ends: bool) -> FlowRecord:
         guest, remote = flow.endpoints()
-        local, peer = host_ends(flow.sock) if ends else ("", "")
+        local, peer = (local_end(flow.sock), remote_end(flow.sock)) if ends else ("", "")
         if flow.conn is not None:
             state = flow.conn.state.value
         else:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from netstack.api import Clock, DatagramHandler, Endpoint, Reply
 from netstack.errors import Malformed
-from netstack.flow.records import FlowRecord, flow_id, host_ends
+from netstack.flow.records import FlowRecord, flow_id, local_end
 from netstack.host import error_queue
 from netstack.host.io import HostIO
 from netstack.host.udp_publish import Publication
@@ -391,7 +391,7 @@ class UdpProxy:
                 guest=str(holder.guest),
                 remote=str(associations[-1].destination) if associations else "*",
                 remotes=len(associations),
-                host_local=host_ends(holder.sock)[0] if ends else "",
+                host_local=local_end(holder.sock) if ends else "",
                 host_remote=str(Endpoint.of(*associations[-1].address)) if ends and associations else "",
                 state="ANSWERED" if entry.answered else "UNANSWERED",
                 octets_outbound=entry.octets_outbound,
