@@ -1,7 +1,7 @@
 """The DNS server of a virtual network, at the gateway's port 53 over UDP and TCP.
 
-A query is answered from the sources of `dns.records` in order (built-in names, leases, hosts file) and else relayed
-(`dns.forwarder`). What cannot be a query is passed over in silence, because an answer to an answer makes two servers talk
+A query is answered from the sources in order (`dns.records`: built-in names, leases; `dns.zones`; the hosts file) and else
+relayed (`dns.forwarder`). What cannot be a query is passed over in silence, because an answer to an answer makes two servers talk
 forever; a query that is broken gets FORMERR, an opcode we do not know NOTIMP, a zone transfer REFUSED. Nothing a guest sends
 raises, and nothing waits for a thread.
 """
@@ -18,6 +18,7 @@ from typing import Final
 from dns import codec, hosts, records, system
 from dns.forwarder import MAX_IN_FLIGHT, Forwarder
 from dns.records import LeaseAddress, LeaseName, Source
+from dns.zones import NO_SUCH_NAME, Zones
 from netstack.api import Clock, Endpoint, Reply
 from netstack.errors import Malformed
 
@@ -55,10 +56,10 @@ class Server:
     """One network's DNS server; its two handlers are `netstack.api.DatagramHandler` and `StreamHandler`.
 
     `names` maps names to addresses (4 or 16 octets). `domain` with `lease_address` and `lease_name` makes host names of DHCP
-    clients known as `NAME.domain`. `hosts_path` and `resolv_conf` are files of the host that are followed, `None` for none.
-    `upstreams` (`192.0.2.53`, `192.0.2.53#5353`, `[2001:db8::53]:53`) are asked instead of those of `resolv_conf`. Raises
-    `ConfigError` for a name or a server that cannot be. Without any resolver the names above are still answered, all others
-    SERVFAIL. Every method belongs to the event loop of the first query.
+    clients known as `NAME.domain`. `zones` may change at any time. `hosts_path` and `resolv_conf` are files of the host that
+    are followed, `None` for none. `upstreams` (`192.0.2.53`, `192.0.2.53#5353`, `[2001:db8::53]:53`) are asked instead of
+    those of `resolv_conf`. Raises `ConfigError` for a name or a server that cannot be. Without any resolver the names above are
+    still answered, all others SERVFAIL. Every method belongs to the event loop of the first query.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Server:
         domain: str | None = None,
         lease_address: LeaseAddress | None = None,
         lease_name: LeaseName | None = None,
+        zones: Zones | None = None,
         hosts_path: str | None = "/etc/hosts",
         resolv_conf: str | None = "/etc/resolv.conf",
         upstreams: Sequence[str] = (),
@@ -82,6 +84,7 @@ class Server:
         self._sources: tuple[Source, ...] = (
             records.built_in(names or {}),
             records.leases(domain, lease_address, lease_name),
+            (zones if zones is not None else Zones()).find,
             records.hosts_file(self._hosts),
         )
         self._counters: Counter[str] = Counter()
@@ -139,7 +142,8 @@ class Server:
                 found = source(key, qtype)
                 if found is not None:
                     self._counters["local"] += 1
-                    return codec.answer(query, end, found), end
+                    code = codec.NXDOMAIN if found is NO_SUCH_NAME else codec.NOERROR
+                    return codec.answer(query, end, found, code=code), end
         if qtype in (codec.AXFR, codec.IXFR):  # many messages long, and no business of a stub's
             self._counters["refused"] += 1
             return codec.failure(query, codec.REFUSED, end), end
