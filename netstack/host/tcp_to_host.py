@@ -132,8 +132,8 @@ class ToHost(FlowState):
         before = rcv.told()
         rcv.held = len(pending)
         room = rcv.capacity - rcv.held
-        if room - before >= min(rcv.capacity >> 1, 2 * conn.announced_mss) or not before:
-            conn.ack_now = True
+        if conn.rcv_fin is None and (room - before >= min(rcv.capacity >> 1, 2 * conn.announced_mss) or not before):
+            conn.ack_now = True  # room is of no use to a guest that has said everything, and may have forgotten us
         self.touch()
 
     def _shut_down_host(self, conn: Connection) -> None:

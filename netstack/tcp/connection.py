@@ -194,9 +194,10 @@ class Connection:
         # Second, RST (RFC 5961 3.2).
         if flags & RST:
             if seg_seq == rcv.nxt:
+                if self.state is not State.TIME_WAIT:  # there both have said and heard everything: no reset is signalled
+                    self.events.append(Event.RESET)
                 self._to(Input.RESET)
                 self.plain = False
-                self.events.append(Event.RESET)
             else:
                 self.challenge(now)
             return None

@@ -67,6 +67,30 @@ def test_t60_octets_a_slow_host_has_not_taken_survive_the_close_of_both_ends(
     d.advance(1.0)
     assert far.received == data
     assert far.eof and not far.aborted
+    d.expect_none(0.0, f)  # a window is of no use to who has said everything, and it may answer RST
+    d.advance(30.0)
+    d.assert_clean()
+
+
+def test_t60_a_guest_that_has_forgotten_us_takes_nothing_from_a_slow_host(d: Drill, established: Established) -> None:
+    """RFC 9293 3.10.7.4: in TIME-WAIT a RST signals no reset; what the guest said before is still owed."""
+    f = established()
+    far = d.host(f)
+    far.stop_reading()
+    far.shutdown()
+    d.expect(f, "F.")
+    d.guest(f, ".")
+    data = pattern(400_000)
+    for at in range(0, len(data), 1460):
+        d.guest(f, "F." if at + 1460 >= len(data) else ".", data=data[at : at + 1460])
+    d.collect(f, within=1.0)
+    d.guest(f, "R")
+    d.advance(1.0)
+    assert not far.aborted
+    far.resume()
+    d.advance(1.0)
+    assert far.received == data
+    assert far.eof and not far.aborted
     d.advance(30.0)
     d.assert_clean()
 
