@@ -52,6 +52,8 @@ TITLES: Final = {
     "timeouts": "times, in seconds",
     "capture": "capture",
     "dns": "name resolution",
+    "control": "control API",
+    "vpnkit": "VPNKit's sockets and files",
 }
 
 NOT_IN_SHELL: Final = frozenset({"links", "pid_file", "user"})

@@ -7,13 +7,14 @@ The definition is a field of a frozen dataclass: its name is the key, its defaul
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field
 from typing import Any, Final
 
 from netstack.errors import ConfigError
 from netstack.link.spec import LinkSpec
 from netstack.settings import Limits, Network, Timeouts
+from portfwd import spec
 from portfwd.spec import PublishSpec
 from pyvpnkit import values
 from pyvpnkit.values import Parse
@@ -48,6 +49,51 @@ class DnsSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ControlSettings:
+    """Who may look in and change things while the daemon runs."""
+
+    socket: str | None = "auto"
+    """Unix socket of the HTTP API, for this user and root only; `auto` is control.sock in the state directory, `off` makes
+    none."""
+    listen: tuple[str, ...] = ()
+    """Where the same API is to be had besides: `unix:/PATH`, as clients of gvproxy want it, or `tcp:IP:PORT`. Beyond this
+    host's loopback only with a token."""
+    token_file: str | None = None
+    """A file that holds the bearer token which requests on TCP must carry; readable by its owner only."""
+    users: tuple[int, ...] = ()
+    """Numbers of other users who may use the Unix sockets."""
+    guest_api: bool = False
+    """Serve gvproxy's forwarder API (expose, unexpose, all) to guests at port 80 of the gateway, as podman machine wants it. A
+    guest sees and removes only what it made."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VpnkitSettings:
+    """VPNKit's own sockets and files, as its flags name them."""
+
+    port: tuple[str, ...] = ()
+    """Unix sockets of VPNKit's 9P port control, for programs inside the VM (vpnkit-expose-port of before 2019, a mount at
+    /port); HTTP is answered there too. `/PATH`, or `fd:N` for a listening socket that was inherited."""
+    introspection: tuple[str, ...] = ()
+    """Unix sockets of a read-only 9P tree: connections, flows, endpoints, ports and captures."""
+    diagnostics: tuple[str, ...] = ()
+    """Unix sockets that give each client a tar of that tree."""
+    pcap: tuple[str, ...] = ()
+    """Unix sockets that give each client a live capture in the classic pcap format."""
+    pcap_snaplen: int = 128
+    """Octets kept of each frame in that capture."""
+    gateway_forwards: str | None = None
+    """A JSON file of ports of the gateway that lead elsewhere, followed while it changes."""
+    tcpv4_forwards: tuple[str, ...] = ()
+    """TCP ports of the gateway that lead elsewhere: `PORT:IP:PORT`, the IP as this host sees it. Before all others."""
+    udpv4_forwards: tuple[str, ...] = ()
+    """The same for UDP."""
+    forwards: str | None = None
+    """A JSON file of prefixes whose TCP connections are carried through a program at a Unix socket, followed while it
+    changes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """All that `pyvpnkit run` can be told."""
 
@@ -57,13 +103,25 @@ class Settings:
     publish: tuple[PublishSpec, ...] = ()
     """Host ports that lead into a guest: `[tcp|udp:][IP:]PORT:[GUESTIP:]GUESTPORT`. Without IP the port
     is bound on 127.0.0.1 alone; without GUESTIP it goes to the guest with the lowest leased address; host port 0 picks a free
-    one; `8000-8010:80-90` is a range."""
+    one; `8000-8010:80-90` is a range. `unix:/PATH` in place of the host port is a Unix socket, a path in place of the guest
+    port one in the guest. Options follow: `,source=client` `,proxy=v1` `,proxy=v2` `,via=forwarder` (docs/ports.md)."""
+    allowed_bind_addresses: tuple[str, ...] = ("0.0.0.0", "::")
+    """Host addresses that may be published on by the control API and by programs in the VM; 0.0.0.0 and :: stand for all of
+    their family. What the settings publish is not asked."""
+    forwarder: str | None = None
+    """How VPNKit's forwarder in the VM is reached, for what only the VM reaches (containers, its loopback, paths in it):
+    `hyperkit:/PATH/connect`, `connect:/PATH`, `unix:/PATH`, `listen:/PATH` or `fd:N`, with options such as
+    `,port=62373,generation=2` (docs/ports.md)."""
     network: Network = field(default_factory=Network)
     """The virtual network."""
     capture: CaptureSettings = field(default_factory=CaptureSettings)
     """The capture file."""
     dns: DnsSettings = field(default_factory=DnsSettings)
     """Name resolution."""
+    control: ControlSettings = field(default_factory=ControlSettings)
+    """The control API."""
+    vpnkit: VpnkitSettings = field(default_factory=VpnkitSettings)
+    """VPNKit's sockets and files."""
     ntp: bool = True
     """Answer time requests on the gateway's port 123."""
     state_dir: str | None = "auto"
@@ -76,6 +134,10 @@ class Settings:
     user: str | None = None
     """When started as root: become this user once the published ports are bound; links, state and capture are then opened as
     that user."""
+
+
+def _at_commas(text: str) -> list[str]:
+    return text.split(",")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +159,8 @@ class Option:
     reload: bool = False
     """Takes effect on SIGHUP."""
     commas: bool = True
+    split: Callable[[str], list[str]] = _at_commas
+    """Takes a list apart, where its items are separated by commas."""
 
     @property
     def dest(self) -> str:
@@ -132,7 +196,7 @@ class Option:
         if not (self.many or self.pairs):
             *_, last = texts
             return self.parse_item(last)
-        items = [part for text in texts for part in (text.split(",") if self.commas else [text])]
+        items = [part for text in texts for part in (self.split(text) if self.commas else [text])]
         found = [self.parse_item(item) for item in items if item]
         return dict(found) if self.pairs else tuple(found)
 
@@ -144,11 +208,13 @@ SECTIONS: Final[Mapping[str, type[Any]]] = {
     "timeouts": Timeouts,
     "capture": CaptureSettings,
     "dns": DnsSettings,
+    "control": ControlSettings,
+    "vpnkit": VpnkitSettings,
 }
 """Where a dotted key's dataclass is. `limits` and `timeouts` stand at the top of the file, and inside `Network` in memory."""
 
 
-def _option(key: str, flags: str, metavar: str, parse: Parse, example: str, **more: bool) -> Option:
+def _option(key: str, flags: str, metavar: str, parse: Parse, example: str, **more: Any) -> Option:
     return Option(key=key, flags=tuple(flags.split()), metavar=metavar, parse=parse, example=example, **more)
 
 
@@ -163,7 +229,17 @@ def _timeout(name: str, example: str, *, reload: bool = False) -> Option:
 
 OPTIONS: Final[tuple[Option, ...]] = (
     _option("links", "--link", "URL", values.link, "qemu:/run/user/1000/net.sock", many=True, commas=False),
-    _option("publish", "-p --publish", "SPEC", PublishSpec.parse, "8080:80", many=True, reload=True),
+    _option("publish", "-p --publish", "SPEC", PublishSpec.parse, "8080:80", many=True, reload=True, split=spec.split),
+    _option(
+        "allowed_bind_addresses", "--allowed-bind-addresses", "IP", values.address, "127.0.0.1", many=True, reload=True
+    ),
+    _option(
+        "forwarder",
+        "--forwarder --vsock-path --port-forwards",
+        "HOW",
+        values.or_off(values.forwarder),
+        "hyperkit:/var/run/vm/connect",
+    ),
     _option("ntp", "--ntp", "on|off", values.flag, "off"),
     _option("state_dir", "--state-dir", "DIR", values.or_off(values.text), "/var/lib/pyvpnkit"),
     _option("pid_file", "--pid-file", "FILE", values.or_off(values.text), "/run/pyvpnkit.pid"),
@@ -219,9 +295,37 @@ OPTIONS: Final[tuple[Option, ...]] = (
     _option(
         "dns.resolv_conf", "--dns-resolv-conf", "FILE", values.text, "/run/systemd/resolve/resolv.conf", reload=True
     ),
+    _option("control.socket", "--control-socket", "PATH|off", values.or_off(values.text), "/run/vm/control.sock"),
+    _option("control.listen", "--control-listen", "WHERE", values.text, "unix:/run/vm/api.sock", many=True),
+    _option("control.token_file", "--control-token-file", "FILE", values.or_off(values.text), "/etc/pyvpnkit/token"),
+    _option("control.users", "--control-users", "UID", values.number(0), "1001", many=True),
+    _option("control.guest_api", "--guest-api", "on|off", values.flag, "on"),
+    _option("vpnkit.port", "--port", "PATH", values.text, "/run/vm/port.sock", many=True),
+    _option("vpnkit.introspection", "--introspection", "PATH", values.text, "/run/vm/introspection.sock", many=True),
+    _option("vpnkit.diagnostics", "--diagnostics", "PATH", values.text, "/run/vm/diagnostics.sock", many=True),
+    _option("vpnkit.pcap", "--pcap", "PATH", values.text, "/run/vm/pcap.sock", many=True),
+    _option("vpnkit.pcap_snaplen", "--pcap-snaplen", "OCTETS", values.number(1, 65535), "1500"),
+    _option(
+        "vpnkit.gateway_forwards", "--gateway-forwards", "FILE", values.or_off(values.text), "/run/vm/forwards.json"
+    ),
+    _option("vpnkit.tcpv4_forwards", "--tcpv4-forwards", "PORT:IP:PORT", values.text, "8888:127.0.0.1:80", many=True),
+    _option("vpnkit.udpv4_forwards", "--udpv4-forwards", "PORT:IP:PORT", values.text, "5353:127.0.0.1:53", many=True),
+    _option("vpnkit.forwards", "--forwards", "FILE", values.or_off(values.text), "/run/vm/tunnels.json"),
 )
 
 BY_KEY: Final[Mapping[str, Option]] = {option.key: option for option in OPTIONS}
+
+
+_OFF_BY_DEFAULT: Final = (
+    "pid_file",
+    "user",
+    "file",
+    "token_file",
+    "gateway_forwards",
+    "forwards",
+    "forwarder",
+)
+"""`None` is off for these; for others it is chosen."""
 
 
 def value_of(settings: Settings, option: Option) -> Any:
@@ -293,7 +397,7 @@ def default_text(option: Option) -> str:
     """The default as one would write it."""
     value = option.default
     if value is None:
-        return "off" if "off" in option.metavar or option.name in ("pid_file", "user", "file") else "automatic"
+        return "off" if "off" in option.metavar or option.name in _OFF_BY_DEFAULT else "automatic"
     if value is True or value is False:
         return "on" if value else "off"
     if isinstance(value, tuple):

@@ -27,7 +27,6 @@ from pyvpnkit.service import Service
 
 log = logging.getLogger("pyvpnkit")
 
-LEASE_FILE: Final = "leases.json"
 MAX_LISTED: Final = 50
 """Flows written out in a summary; the rest is counted."""
 
@@ -80,7 +79,8 @@ def set_log_level(level: str) -> None:
 
 
 @contextlib.contextmanager
-def _lease_file(settings: Settings) -> Iterator[Path | None]:
+def _state(settings: Settings) -> Iterator[Path | None]:
+    """The directory where what outlives this process is kept, ours alone; `None` for none."""
     if settings.state_dir is None:
         yield None
         return
@@ -92,11 +92,11 @@ def _lease_file(settings: Settings) -> Iterator[Path | None]:
         if settings.state_dir != "auto":
             raise
         # Nobody asked for that very directory: a second daemon of one user should still run.
-        log.warning("%s; leases are kept in memory only", error)
+        log.warning("%s; leases and forwards are kept in memory only, and there is no control socket", error)
         yield None
         return
     try:
-        yield directory.path / LEASE_FILE
+        yield directory.path
     finally:
         directory.close()
 
@@ -117,7 +117,7 @@ async def _serve(settings: Settings, ready_fd: int | None, reload: Reload | None
         signal.SIGUSR1: lambda: print_status(service, time.monotonic() - began),
     }
     # Before the links are there: who sees a socket may already ask for the summary, which must not end the process.
-    with _lease_file(settings) as service.lease_file, _signals(loop, handlers):
+    with _state(settings) as service.state_directory, _signals(loop, handlers):
         async with service:
             await _until_stopped(service, stop, ready_fd)
     log.info("stopped")

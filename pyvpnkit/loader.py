@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 from netstack.errors import ConfigError
 from netstack.settings import Limits, Network, Timeouts
 from portfwd.spec import PublishSpec
-from pyvpnkit.config import BY_KEY, OPTIONS, SECTIONS, CaptureSettings, DnsSettings, Option, Settings
+from pyvpnkit.config import BY_KEY, OPTIONS, SECTIONS, Option, Settings
 from pyvpnkit.values import meant
 
 Node: TypeAlias = Any
@@ -233,7 +233,10 @@ def _build(given: Mapping[str, Given], complaints: list[str]) -> Settings:
                     left.pop(f"network.{dependent}", None)
     top = of("")
     _overlaps(top.get("publish", ()), given, complaints)
-    return Settings(network=network, capture=CaptureSettings(**of("capture")), dns=DnsSettings(**of("dns")), **top)
+    parts = {
+        name: kind(**of(name)) for name, kind in SECTIONS.items() if name not in ("", "network", "limits", "timeouts")
+    }
+    return Settings(network=network, **parts, **top)
 
 
 def _network(values: dict[str, Any], limits: Limits, timeouts: Timeouts) -> Network:

@@ -22,6 +22,8 @@ TITLES: Final = {
     "timeouts": "Times",
     "capture": "Capture",
     "dns": "Name resolution",
+    "control": "Control API",
+    "vpnkit": "VPNKit's sockets and files",
 }
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import ipaddress
 import logging
 import time
 import uuid
@@ -26,7 +27,6 @@ from typing import Any, Final
 import netstack  # noqa: F401  # first: it makes our `dns` importable beside dnspython's
 from dns.server import Server as DnsServer
 from netstack.api import Clock, Endpoint, Link, Reply
-from netstack.dhcp.store import Store
 from netstack.errors import ConfigError
 from netstack.link.attach import Attachments
 from netstack.link.capture import CaptureLink
@@ -44,18 +44,21 @@ from netstack.observe.events import (
 from netstack.observe.pcap import PcapWriter
 from netstack.stack import Stack
 from ntp.server import Server as NtpServer
+from portfwd.carriers import Carriers
+from portfwd.inherited import Inherited
+from portfwd.owners import SETTINGS
 from portfwd.registry import Registry
 from pyvpnkit import config
 from pyvpnkit.config import Option, Settings
+from pyvpnkit.doors import Doors
 from pyvpnkit.driver import Driver
+from pyvpnkit.state import State
 from pyvpnkit.wording import line
 
 log = logging.getLogger("pyvpnkit")
 
 DNS_PORT: Final = 53
 NTP_PORT: Final = 123
-SAVE_AFTER_S: Final = 0.5
-"""A lease is written this much later, so that guests that start together cost one write."""
 FLUSH_S: Final = 1.0
 """How long a captured frame may wait to be seen in the file. The only periodic work, and only while capturing."""
 UNLIMITED: Final = 1 << 62
@@ -79,12 +82,20 @@ class Service:
         self.settings = settings
         self.events = events if events is not None else EventBus()
         self.stack = Stack(settings.network, clock=clock, events=self.events)
-        self.registry = Registry(self.default_guest, events=self.events, clock=clock)
+        self._inherited = Inherited.from_environment()
+        self.plane = _plane(settings)
+        """The way to VPNKit's forwarder, where one is configured."""
+        self.registry = Registry(
+            carriers=Carriers(self.default_guest, plane=self.plane, may_show=self._may_be_seen),
+            allowed=settings.allowed_bind_addresses,
+            inherit=self._inherited,
+            events=self.events,
+            clock=clock,
+        )
         self._clock = clock
-        self.lease_file: Path | None = None
-        """Where leases are kept; set it before entering."""
-        self._store: Store | None = None
-        self._writing: asyncio.Future[bool] | None = None
+        self.state_directory: Path | None = None
+        """Where leases, forwards made by hand and control.sock are; set it before entering."""
+        self.state: State | None = None
         self._dns = self._new_dns(settings)
         self._ntp = NtpServer()
         self._capture: PcapWriter | None = None
@@ -117,15 +128,17 @@ class Service:
         settings = self.settings
         async with contextlib.AsyncExitStack() as undo:
             undo.callback(self._unsubscribe)
+            undo.callback(self._inherited.close)
             undo.callback(self.registry.close)
             self.publish()
             if settings.capture.file is not None:
                 self._capture = self._open_capture(settings)
                 undo.callback(self._capture.close)
-            if self.lease_file is not None:
-                self._store = Store(self.lease_file)
-                self._store.load(self.stack.leases, now=self._clock(), now_wall=time.time())
-                undo.push_async_callback(self._save)
+            if self.state_directory is not None:
+                self.state = State(
+                    self.state_directory, self.stack.leases, self.registry, clock=self._clock, loop=self._loop
+                )
+                undo.push_async_callback(self.state.close)
             undo.callback(self._cancel_timers)
             self._driver = Driver(self.stack, self._loop, clock=self._clock)
             self.stack.on_work = self._driver.wake
@@ -133,7 +146,11 @@ class Service:
             self._serve()
             self._driver.start()
             await undo.enter_async_context(self.attachments)
+            if self.plane is not None:
+                undo.push_async_callback(self.plane.close)
+                self.plane.start(self._loop)
             self.registry.start(self.stack, self._loop)
+            await undo.enter_async_context(Doors(self))
             self._resources = undo.pop_all()
         if self._capture is not None:
             self._again("flush", FLUSH_S, self._flush)
@@ -176,6 +193,8 @@ class Service:
 
     def stop_accepting(self) -> None:
         """No new links, clients or flows from now on; those there are go on."""
+        if self.state is not None:
+            self.state.freeze()
         self.registry.close()
         self.attachments.stop_accepting()
         self.stack.drain()
@@ -245,9 +264,15 @@ class Service:
         leased = [lease.address for lease in self.stack.leases.active(self._clock())]
         return min(leased) if leased else self.settings.network.pool[0].packed
 
+    def _may_be_seen(self, address: bytes) -> bool:
+        """Whether a guest may see a client of a published port under this address of its own."""
+        found = ipaddress.IPv4Address(address)
+        return found not in self.settings.network.network and not (found.is_multicast or found.is_unspecified)
+
     def _reserve(self, identity: uuid.UUID, preferred: bytes | None) -> tuple[bytes, bytes]:
         reservation = self.stack.leases.reserve(str(identity), preferred, None, self._clock())
-        self._again("save", SAVE_AFTER_S, self._save_soon)
+        if self.state is not None:
+            self.state.leases_changed()
         return reservation.address, reservation.mac
 
     def _open_capture(self, settings: Settings) -> PcapWriter:
@@ -279,7 +304,8 @@ class Service:
         elif isinstance(event, _WORTH_KNOWING):
             log.info("%s", line(event))
             if isinstance(event, LeaseGiven | LeaseReleased):
-                self._again("save", SAVE_AFTER_S, self._save_soon)
+                if self.state is not None:
+                    self.state.leases_changed()
                 self.registry.retarget()
         elif isinstance(event, CaptureStopped):
             log.warning("capture %s stopped: %s; the network goes on", event.path, event.reason)
@@ -299,25 +325,6 @@ class Service:
         self._timers.clear()
         self._loop = None
 
-    def _save_soon(self) -> None:
-        leases = self.stack.leases
-        if self._store is None or not leases.dirty or self._loop is None:
-            return
-        if self._writing is not None and not self._writing.done():
-            self._again("save", SAVE_AFTER_S, self._save_soon)
-            return
-        document = leases.snapshot(now=self._clock(), now_wall=time.time())
-        leases.dirty = False
-        # Not in the loop: fsync may take a tenth of a second, and every guest would wait for it.
-        self._writing = self._loop.run_in_executor(None, self._store.write, document)
-
-    async def _save(self) -> None:
-        """The last time."""
-        if self._writing is not None:
-            await self._writing
-        if self._store is not None and self.stack.leases.dirty:
-            self._store.save(self.stack.leases, now=self._clock(), now_wall=time.time())
-
     def _flush(self) -> None:
         if self._capture is not None and self._capture.stopped is None:
             self._capture.flush()
@@ -331,11 +338,14 @@ class Service:
         later = [option for option in changed if not option.reload]
         failed: set[str] = set()
         # Whether the setting changed or not: a port that was taken the last time may be free by now.
-        before = [forward.asked for forward in self.registry]
+        before = [forward.asked for forward in self.registry.of(SETTINGS)]
         for failure in self.registry.sync(new.publish):
             log.error("%s", failure)
             failed.add("publish")
-        moved = {"publish"} if before != [forward.asked for forward in self.registry] else set()
+        moved = {"publish"} if before != [forward.asked for forward in self.registry.of(SETTINGS)] else set()
+        self.registry.allowed = frozenset(new.allowed_bind_addresses)
+        if self.state is not None:
+            self.state.forwards.retry(self.registry)
         wanted = config.with_values(self.settings, new, [option for option in changed if option.reload])
         if any(option.section == "dns" for option in changed):
             try:
@@ -366,3 +376,13 @@ class Service:
             "dns": self._dns.counters,
             "ntp": self._ntp.counters,
         }
+
+
+def _plane(settings: Settings) -> Any:
+    """The data plane to VPNKit's forwarder, or `None`."""
+    if settings.forwarder is None:
+        return None
+    from portfwd.mux.plane import Plane  # where it is used: few have a forwarder
+    from portfwd.mux.where import Where
+
+    return Plane(Where.parse(settings.forwarder))

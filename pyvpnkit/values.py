@@ -109,6 +109,19 @@ def server(text: str) -> str:
     return str(Upstream.parse(text))
 
 
+def address(text: str) -> str:
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError:
+        raise ConfigError(f"{text!r} is not an IP address; write it as in 127.0.0.1 or ::1") from None
+
+
+def forwarder(text: str) -> str:
+    from portfwd.mux.where import Where  # where it is used: few have a forwarder
+
+    return str(Where.parse(text))
+
+
 def mac(text: str) -> str:
     return parse_mac(text).hex(":")
 

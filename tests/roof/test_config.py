@@ -84,7 +84,7 @@ def test_every_mistake_is_reported_at_once_with_its_place_and_what_would_be_acce
         "network.mtu: 99 is out of range; write a whole number from 576 to 65520",
         "unknown key 'gatway' in 'network' (did you mean 'gateway'?)",
         "192.168.65.7 is not in 10.0.2.0/24",
-        "publish: 'nonsense': the host port is missing",
+        "publish: 'nonsense': protocol 'nonsense' is none of",
         "unknown key 'mtu' at the top; it belongs at network.mtu",
         "'max_flows' is given twice (first on line 9); keep one",
         "'inf' is unknown (did you mean 'info'?); write one of: error, warning, info, debug",
@@ -195,7 +195,7 @@ def test_every_field_is_an_option_and_every_option_a_field() -> None:
         for section, kind in config.SECTIONS.items()
         for field in dataclasses.fields(kind)
     }
-    holders = {"network", "capture", "dns", "network.limits", "network.timeouts"}
+    holders = {"network", "capture", "dns", "control", "vpnkit", "network.limits", "network.timeouts"}
     assert fields - holders == {option.key for option in OPTIONS}
     assert {kind for kind in config.SECTIONS.values()} >= {Settings, Network, Limits, Timeouts}
 
