@@ -34,7 +34,7 @@ from netstack.policy.egress import Tunnel
 
 RETRY_S: Final = 0.01
 """The first wait for a full queue; each further one is twice as long, up to `RETRY_MOST_S`."""
-RETRY_MOST_S: Final = 0.16
+RETRY_MOST_S: Final = 0.08
 MAX_ANSWER: Final = 4096
 """Octets of JSON; VPNKit's own answer has 17."""
 _LENGTH: Final = 2

@@ -8,9 +8,12 @@ import json
 from collections.abc import Callable
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from netstack.api import Endpoint, GatewayForward, TunnelRule
-from netstack.host.tunnels import MAX_ANSWER
+from netstack.errors import HostError
+from netstack.host.tunnels import MAX_ANSWER, check_answer
 from netstack.observe.events import FlowOpened, FlowRefused
 from tests.support.drill import GUEST, SERVER, Drill, Flow, pattern
 from tests.support.fake_host import Accept, Address, Never, Refuse
@@ -112,6 +115,15 @@ def test_any_other_answer_resets_the_guest(d: Drill, act: Callable[[Drill, Flow]
     (event,) = [event for event in d.events if isinstance(event, FlowRefused)]
     assert event.reason.startswith(f"tunnel {PATH}: ") and words in event.reason
     d.assert_clean()
+
+
+@given(
+    st.binary() | st.recursive(st.booleans() | st.none() | st.text(), st.lists).map(lambda v: json.dumps(v).encode())
+)
+def test_any_octets_accept_or_refuse(octets: bytes) -> None:
+    with pytest.raises(HostError):
+        check_answer(octets)
+    check_answer(b'{"x":' + json.dumps(octets.hex()).encode() + b',"accepted":true}')
 
 
 @pytest.mark.parametrize("code", [errno.ENOENT, errno.ECONNREFUSED, errno.EACCES, errno.ENOTSOCK])
