@@ -47,7 +47,7 @@ NEW_FORWARD: Final[Schema] = {
             {"spec": text(minLength=1, maxLength=4096, description="`8080:80`, the text form of the command line.")},
             description="As text.",
         ),
-        record(SPEC_FIELDS, optional=tuple(SPEC_FIELDS), description="By its members.", minProperties=1),
+        record(SPEC_FIELDS, optional=tuple(SPEC_FIELDS), description="By its members."),
     ],
     "description": "What to publish.",
 }
