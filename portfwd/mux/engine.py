@@ -7,8 +7,9 @@ As the TCP engine it counts octets and keeps none: what arrives is passed on as 
 
 Credit. Either side may send what the other one allowed by an absolute Window, counted from the opening of the channel. We allow
 `FIRST_WINDOW` as VPNKit does, and double the window of a channel each time its reader had taken everything by the time half
-of it was used, up to `Limits.window`: a fast reader is not slowed down by turns of two event loops, a slow one holds no more
-than before. All windows together stay within `Limits.windows`; when that is used up, new channels begin with `LEAST_WINDOW`.
+of it was used, up to `Limits.window` and its share of half of `Limits.windows`: a fast reader is not slowed down by turns of two
+event loops, a slow one holds no more than before, and many channels have equal windows. When all windows together reach
+`Limits.windows`, new channels begin with `LEAST_WINDOW`.
 
 Overrun. VPNKit in OCaml sends beyond its credit (it does not count what it sent). We take up to `Limits.overrun` octets more,
 `Limits.overruns` over all channels; then that channel is closed. The reader of the connection never waits for a channel.
@@ -319,8 +320,8 @@ class Multiplexer:
         if flow.accepted or flow.closed:
             return
         flow.accepted = True
-        flow.window = FIRST_WINDOW if self._windows + FIRST_WINDOW <= self._limits.windows else LEAST_WINDOW
-        flow.window = min(flow.window, self._limits.window)
+        first = FIRST_WINDOW if self._windows + FIRST_WINDOW <= self._limits.windows else LEAST_WINDOW
+        flow.window = min(first, self._limits.window)
         self._windows += flow.window
         if not flow.peer_shut:
             self._grant(flow, flow.consumed + flow.window)
@@ -358,11 +359,16 @@ class Multiplexer:
         # VPNKit tells "when less than half is left"; that would be every few octets for a reader that lags behind.
         if flow.consumed + window - flow.granted < window >> 1:
             return
-        if flow.consumed == flow.received and window < (most := self._limits.window):
-            more = min(window << 1, most) - window
-            if self._windows + more <= self._limits.windows:
-                self._windows += more
-                flow.window = window = window + more
+        share = (self._limits.windows >> 1) // len(self.flows)
+        most = min(self._limits.window, max(share, FIRST_WINDOW))
+        if window > most or (window < most and flow.consumed == flow.received):
+            flow.window = min(window << 1, most)
+            if self._windows + flow.window - window > self._limits.windows:
+                flow.window = window
+            self._windows += flow.window - window
+            window = flow.window
+            if flow.consumed + window <= flow.granted:
+                return  # it shrank: what was allowed before is used up first
         self._grant(flow, flow.consumed + window)
 
     def _grant(self, flow: Flow, seq: int) -> None:

@@ -38,7 +38,7 @@ from portfwd.mux.where import Where
 
 log = logging.getLogger("pyvpnkit.portfwd.mux")
 
-MAX_WAITING: Final = 256
+MAX_WAITING: Final = 1024
 """Connections that wait for the forwarder; more are reset."""
 WAIT_S: Final = 10.0
 """How long one waits before it is reset."""
