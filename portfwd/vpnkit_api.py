@@ -116,7 +116,8 @@ def routes(registry: Registry, *, via: Via, dump: Dump) -> list[web.RouteDef]:
     ]
     found = []
     for path, methods, handler in table:
-        found += [web.route(method, path, _guarded(handler)) for method in methods]
+        # With GET aiohttp adds HEAD.
+        found += [web.route(method, path, _guarded(handler)) for method in methods if method != "HEAD"]
         found.append(web.route("*", path, _wrong_method(methods)))
     found.append(web.route("*", "/forwards/{rest:.*}", _not_found))
     return found
