@@ -25,7 +25,7 @@ from portfwd import bodies
 from portfwd.bodies import BadBody
 from portfwd.errors import AlreadyPublished, BindFailed
 from portfwd.invm.ports import Port
-from portfwd.owners import SETTINGS, VPNKIT
+from portfwd.owners import SETTINGS, VPNKIT, Owner
 from portfwd.registry import Forward, Registry
 from portfwd.spec import DEFAULT_BIND, PublishSpec
 
@@ -38,9 +38,9 @@ MAX_DUMPS: Final = 16
 """Dumps that wait at once."""
 _ANY: Final = "0.0.0.0"
 
-Via: TypeAlias = Callable[[str, str], str]
-"""`via(protocol, address)` is how a forward made here goes, `stack` or `forwarder`; `address` is "in", empty when none is given.
-Paths in the VM are the forwarder's in any case."""
+Via: TypeAlias = Callable[[str], str]
+"""How a forward made here gets to an address of the VM's side (empty for the default guest): `stack` or `forwarder`. Paths in the
+VM are the forwarder's in any case."""
 
 Dump: TypeAlias = Callable[[], str | None]
 """What the multiplexer did last, for people; `None` while there is none."""
@@ -89,7 +89,7 @@ def wanted(port: Port, via: Via) -> PublishSpec:
         guest=port.in_ip or None,
         guest_port=port.in_port,
         guest_path=port.in_path,
-        via="forwarder" if port.in_path else via(port.proto, port.in_ip),
+        via="forwarder" if port.in_path else via(port.in_ip),
         annotation=port.annotation,
     )
 
@@ -102,9 +102,12 @@ def listen_error(spec: PublishSpec, number: int) -> str:
     return f"listen {spec.protocol} {where}: bind: {words[:1].lower()}{words[1:]}"
 
 
-def routes(registry: Registry, *, via: Via, dump: Dump) -> list[web.RouteDef]:
-    """All of `/forwards/...`. Belongs to the loop of the registry."""
-    api = _Api(registry, via, dump)
+def routes(registry: Registry, *, via: Via, dump: Dump, owner: Owner = VPNKIT, own: bool = False) -> list[web.RouteDef]:
+    """All of `/forwards/...`. Belongs to the loop of the registry.
+
+    What is made belongs to `owner`. With `own` nothing else is seen or removed here: for a door that guests can reach.
+    """
+    api = _Api(registry, via, dump, owner if own else None, owner)
     port, pipe = ("tcp", "udp"), ("unix",)
     table: list[tuple[str, tuple[str, ...], Handler]] = [
         ("/forwards/expose/port", ("PUT", "POST"), api.exposing(port, "exposed ports can only be TCP or UDP")),
@@ -165,8 +168,10 @@ def _guarded(handler: Handler) -> Handler:
 
 
 class _Api:
-    def __init__(self, registry: Registry, via: Via, dump: Dump) -> None:
+    def __init__(self, registry: Registry, via: Via, dump: Dump, only: Owner | None, owner: Owner) -> None:
         self._registry = registry
+        self._only = only
+        self._owner = owner
         self._via = via
         self._dump = dump
         self._dumps = 0
@@ -182,7 +187,7 @@ class _Api:
 
     def _ports(self) -> Iterator[tuple[Forward, Port]]:
         """Every published port by itself, those of a range too."""
-        for forward in self._registry:
+        for forward in self._registry if self._only is None else self._registry.of(self._only):
             for spec in forward.spec.each():
                 yield forward, described(spec)
 
@@ -190,7 +195,7 @@ class _Api:
         async def expose(request: web.Request) -> web.Response:
             asked = await self._port(request, protocols, complaint)
             if not any(port == asked for _, port in self._ports()):
-                self._registry.add(wanted(asked, self._via), VPNKIT)
+                self._registry.add(wanted(asked, self._via), self._owner)
             return web.Response()
 
         return expose

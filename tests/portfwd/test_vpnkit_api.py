@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import portfwd.vpnkit_api
-from portfwd.owners import HAND, SETTINGS
+from portfwd.owners import HAND, SETTINGS, VPNKIT, Owner
 from portfwd.spec import PublishSpec
 from portfwd.vpnkit_api import MAX_BODY, MAX_DUMPS, routes
 
@@ -32,7 +32,7 @@ class Api:
     path: Path
     house: House
     dumps: list[str]
-    asked: list[tuple[str, str]]
+    asked: list[str]
 
     async def __call__(self, method: str, target: str, body: Any = None, **headers: str) -> Answer:
         return await call(self.path, method, target, body, {name.replace("_", "-"): to for name, to in headers.items()})
@@ -54,10 +54,10 @@ class Api:
 @pytest.fixture
 async def api(tmp_path: Path) -> AsyncIterator[Api]:
     dumps: list[str] = []
-    asked: list[tuple[str, str]] = []
+    asked: list[str] = []
 
-    def via(protocol: str, address: str) -> str:
-        asked.append((protocol, address))
+    def via(address: str) -> str:
+        asked.append(address)
         return "forwarder" if address.startswith("172.") else "stack"
 
     async with house(allowed=("127.0.0.1", "127.0.0.2", "192.0.2.1", "::1")) as made:
@@ -92,7 +92,7 @@ async def test_a_port_is_exposed_listed_used_and_unexposed(api: Api) -> None:
 
 async def test_the_way_into_the_guest_is_asked_for(api: Api) -> None:
     await api.expose(**{**FULL, "in_ip": "192.168.65.3"})
-    assert api.asked == [("tcp", "192.168.65.3")]
+    assert api.asked == ["192.168.65.3"]
     (listed,) = await api.ports()
     with socket.create_connection(("127.0.0.1", listed["out_port"])):
         await until(lambda: bool(api.house.guests.dialled))
@@ -150,7 +150,7 @@ async def test_post_is_put_and_delete(api: Api) -> None:
 
 async def test_without_out_ip_every_address_is_meant(tmp_path: Path) -> None:
     async with house() as made:
-        async with serving(tmp_path / "s", routes(made.registry, via=lambda *_: "stack", dump=lambda: None)):
+        async with serving(tmp_path / "s", routes(made.registry, via=lambda _: "stack", dump=lambda: None)):
             port = {"proto": "tcp", "in_ip": "192.168.65.3", "in_port": 80}
             empty(await call(tmp_path / "s", "PUT", "/forwards/expose/port", port))
             (listed,) = (await call(tmp_path / "s", "GET", "/forwards/list")).json
@@ -337,6 +337,30 @@ async def test_forwards_of_others_are_seen_and_those_of_the_settings_stay(api: A
     assert await api.ports() == [configured]
 
 
+async def test_a_door_of_its_own_knows_only_what_came_through_it(api: Api, tmp_path: Path) -> None:
+    registry = api.house.registry
+    mine = Owner("vpnkit", "/run/port.sock")
+    own = routes(registry, via=lambda _: "stack", dump=lambda: None, owner=mine, own=True)
+    await api.expose(**{**FULL, "in_ip": "192.168.65.3"})
+    (others,) = await api.ports()
+    async with serving(tmp_path / "own.sock", own):
+
+        async def ask(method: str, target: str, body: Any = None) -> Answer:
+            return await call(tmp_path / "own.sock", method, target, body)
+
+        assert (await ask("GET", "/forwards/list")).json is None
+        empty(await ask("DELETE", "/forwards/unexpose/port", others))
+        assert len(registry) == 1
+        taken = await ask("PUT", "/forwards/expose/port", others)
+        assert taken.status == 400 and taken.json["message"].endswith("bind: address already in use")
+        empty(await ask("PUT", "/forwards/expose/port", {**FULL, "in_ip": "192.168.65.3"}))
+        (made,) = (await ask("GET", "/forwards/list")).json
+        assert [forward.owner for forward in registry] == [VPNKIT, mine]
+        assert len(await api.ports()) == 2
+        empty(await ask("DELETE", "/forwards/unexpose/port", made))
+        assert await api.ports() == [others]
+
+
 async def test_a_range_is_listed_by_its_ports_and_stays_whole(api: Api) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         first = probe.getsockname()[1]
@@ -352,7 +376,7 @@ async def test_a_range_is_listed_by_its_ports_and_stays_whole(api: Api) -> None:
 
 async def test_too_many_are_refused(tmp_path: Path) -> None:
     async with house(max_forwards=1) as made:
-        async with serving(tmp_path / "s", routes(made.registry, via=lambda *_: "stack", dump=lambda: None)):
+        async with serving(tmp_path / "s", routes(made.registry, via=lambda _: "stack", dump=lambda: None)):
             empty(await call(tmp_path / "s", "PUT", "/forwards/expose/port", {**FULL, "in_ip": "192.168.65.3"}))
             answer = await call(tmp_path / "s", "PUT", "/forwards/expose/port", {**FULL, "in_ip": "192.168.65.3"})
             assert answer.status == 400 and "remove some first" in answer.json["message"]
