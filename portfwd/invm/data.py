@@ -85,6 +85,7 @@ class UdpFlow:
     def __init__(self, flows: Flows, target: Destination, channel: Channel, on_over: Callable[[UdpFlow], None]) -> None:
         self._flows = flows
         self._on_over = on_over
+        self.over = False
         flows.counts["udp flows"] += 1
         self._goal = UdpTarget(
             target, self._answer, budget=flows.budget, counts=flows.counts, idle_s=flows.patience.udp_idle_s
@@ -103,10 +104,12 @@ class UdpFlow:
             self._flows.counts["udp datagrams dropped"] += 1
 
     def _ended(self, why: Ending) -> None:
+        self.over = True
         self._goal.close()
         self._on_over(self)
 
     def close(self) -> None:
+        self.over = True
         self._goal.close()
         self._records.close()
 
@@ -143,7 +146,9 @@ class Connection:
 
     def _opened(self, target: Destination, channel: Channel) -> None:
         if target.protocol == "udp":
-            self._datagrams.add(UdpFlow(self._flows, target, channel, self._datagrams.discard))
+            flow = UdpFlow(self._flows, target, channel, self._datagrams.discard)
+            if not flow.over:
+                self._datagrams.add(flow)
             return
         task = self._loop.create_task(self._flows.stream(target, channel))
         self._dialling.add(task)

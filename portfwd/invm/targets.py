@@ -180,18 +180,26 @@ class UdpTarget:
         return leg
 
     def _readable(self, client: Client, leg: _Leg) -> None:
-        for _ in range(UDP_BATCH):
+        for number in range(UDP_BATCH):
             try:
                 payload = leg.sock.recv(65535)
-            except ConnectionRefusedError:
-                continue  # nobody listens yet
+            except ConnectionRefusedError:  # nobody listens yet
+                self._watch_again(client, leg)
+                continue
             except OSError:
+                if not number:
+                    self._watch_again(client, leg)
                 return
             leg.used = self._loop.time()
             self._legs.move_to_end(client)
             self._answer(client, payload)
             if self._closed or client not in self._legs:
                 return
+
+    def _watch_again(self, client: Client, leg: _Leg) -> None:
+        """libuv, and so uvloop, stops to watch a descriptor whose socket met an error, and says so by calling the reader."""
+        self._loop.remove_reader(leg.sock.fileno())
+        self._loop.add_reader(leg.sock.fileno(), self._readable, client, leg)
 
     def _evict(self) -> None:
         client = next(iter(self._legs))
