@@ -4,6 +4,9 @@
 
 A tree is a mapping of names to functions that return what the file has now, or to mappings that are directories. A file is as
 it was when it was opened. The same mapping makes the archive of `--diagnostics`.
+
+What may not be done is refused in the operating system's words, all of which Linux knows. VPNKit says "Read-only file" and "Is not
+a directory" for two of them; Linux 6.1 makes errno 526 of the first.
 """
 
 from __future__ import annotations
@@ -173,9 +176,9 @@ class _File(_Node):
         return Qid(0, 0, self._number())
 
     def walk(self, name: str) -> Node:
-        raise Refused("Is not a directory", errno.ENOTDIR)
+        raise Refused.errno(errno.ENOTDIR)
 
     def open(self, mode: int) -> Opened:
         if mode & 3 in (OWRITE, ORDWR) or mode & OTRUNC:
-            raise Refused("Read-only file", errno.EROFS)
+            raise Refused.errno(errno.EROFS)
         return Contents(octets_of(self._supplier))

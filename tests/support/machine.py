@@ -17,10 +17,10 @@ from pyvpnkit.machine import MAC, Card
 from tests.support.netns import Namespace
 
 
-def parts(directory: Path) -> Parts:
+def parts(directory: Path, kind: boot.Kind = boot.SMALL) -> Parts:
     """The kernel, and an initramfs in `directory`; skips where there is none to be had."""
     try:
-        return boot.parts(directory, Path(os.environ.get("PYVPNKIT_TEST_CACHE") or boot.cache()))
+        return boot.parts(directory, Path(os.environ.get("PYVPNKIT_TEST_CACHE") or boot.cache()), kind)
     except boot.NotHere as error:
         pytest.skip(f"expected: {error}")
     except HostError as error:
