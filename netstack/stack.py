@@ -32,8 +32,9 @@ from netstack.api import (
     StreamHandler,
     TunnelRule,
 )
-from netstack.dhcp.leases import LeaseRecord, Leases
+from netstack.dhcp.leases import Leases
 from netstack.dhcp.server import Server as DhcpServer
+from netstack.dhcp.statics import LeaseRecord
 from netstack.errors import LinkDown, Malformed
 from netstack.flow.records import FlowRecord
 from netstack.host.icmp_proxy import IcmpProxy

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from netstack.dhcp.leases import MAX_STATICS, LeaseRecord, Leases, PreferredInUse
+from netstack.dhcp.leases import Leases, PreferredInUse
+from netstack.dhcp.statics import MAX_STATICS, LeaseRecord
 from netstack.dhcp.store import Store
 from netstack.errors import ConfigError
 from netstack.settings import Network, parse_ipv4
