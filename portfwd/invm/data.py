@@ -27,6 +27,7 @@ from portfwd.mux.accept import Accepted
 from portfwd.mux.channel import Channel, Ending
 from portfwd.mux.engine import Limits, Role
 from portfwd.mux.records import Record, RecordChannel
+from portfwd.mux.session import Session
 from portfwd.mux.splice import splice
 
 log = logging.getLogger("pyvpnkit.forwarder")
@@ -114,6 +115,14 @@ class UdpFlow:
         self._records.close()
 
 
+class _Accepted(Accepted):
+    """With its multiplexer in sight, to open channels the other way round (`portfwd.invm.reverse`)."""
+
+    @property
+    def session(self) -> Session | None:
+        return self._session
+
+
 class Connection:
     """One data connection. `close` ends it and all that flows through it."""
 
@@ -124,7 +133,7 @@ class Connection:
         self.over = asyncio.Event()
         self.reason = ""
         self._loop = asyncio.get_running_loop()
-        self._accepted = Accepted(
+        self._accepted = _Accepted(
             sock,
             self._opened,
             role=role,
@@ -138,6 +147,12 @@ class Connection:
     def generation(self) -> int | None:
         """1, 2 or 3; `None` until the host spoke."""
         return self._accepted.generation
+
+    @property
+    def session(self) -> Session | None:
+        """A multiplexer that is ready to open channels."""
+        session = self._accepted.session
+        return session if session is not None and session.ready else None
 
     def _silent(self) -> None:
         if self.generation is None:
@@ -176,7 +191,7 @@ class Data:
 
     def __init__(self, flows: Flows, *, most_connections: int, redial_s: float = REDIAL_S) -> None:
         self.flows = flows
-        self.connections: set[Connection] = set()
+        self.connections: dict[Connection, None] = {}  # in the order in which they came
         self._seats = Budget(most_connections)
         self._redial_s = redial_s
         self._loop = asyncio.get_running_loop()
@@ -187,7 +202,7 @@ class Data:
     def serve(self, sock: socket.socket, *, role: Role, generation: int | None) -> Connection:
         """Take over a connected data connection, whose seat is taken already."""
         connection = Connection(self.flows, sock, role=role, generation=generation, most=self.flows.budget.most)
-        self.connections.add(connection)
+        self.connections[connection] = None
         self.flows.counts["data connections"] += 1
         task = self._loop.create_task(self._seated(connection))
         self._waiting.add(task)
@@ -198,7 +213,7 @@ class Data:
         try:
             await connection.over.wait()
         finally:
-            self.connections.discard(connection)
+            self.connections.pop(connection, None)
             self._seats.give()
         if connection.reason and connection.generation != 1:
             log.warning("a data connection ended: %s", connection.reason)
@@ -277,11 +292,20 @@ class Data:
             "counts": dict(sorted(self.flows.counts.items())),
         }
 
+    def session(self) -> tuple[Session, int] | None:
+        """The multiplexer of the latest data connection that has one, and its generation."""
+        for one in reversed(self.connections):
+            if (session := one.session) is not None:
+                return session, one.generation or 3
+        return None
+
+    def mux_dump(self) -> str:
+        """The last events of every multiplexer, one a line; empty while there is none."""
+        return "\n".join(text for one in self.connections if (text := one.dump()))
+
     def dump(self) -> str:
         """`status`, and the last events of every multiplexer."""
-        parts = [json.dumps(self.status(), indent=1)]
-        parts += [one.dump() for one in self.connections if one.generation != 1]
-        return "\n".join(parts) + "\n"
+        return f"{json.dumps(self.status(), indent=1)}\n{self.mux_dump()}\n"
 
     async def close(self) -> None:
         """Stop listening, end every connection and wait until all is let go."""

@@ -15,9 +15,9 @@ import signal
 import socket
 import stat
 import sys
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, Final, TypeVar
+from typing import Final
 
 from netstack.errors import ConfigError, NetstackError
 from portfwd.invm import flags
@@ -26,6 +26,7 @@ from portfwd.invm.limits import Budget, descriptors
 from portfwd.invm.local_bind import MODES, LocalBind, bind, lent_socket
 from portfwd.invm.ports import PROTOCOLS, Port, checked_ip
 from portfwd.invm.settings import ENDINGS, NAME, PLACES, control_setting
+from portfwd.invm.waiting import unless
 
 log = logging.getLogger("pyvpnkit.expose-port")
 
@@ -183,7 +184,7 @@ async def _run(way: Control, port: Port, local: socket.socket | None, parent: Pa
 async def _exposed(way: Control, port: Port, parent: Parent, stop: asyncio.Event) -> int:
     status = 0
     try:
-        granted = await _unless(stop, way.expose(port))
+        granted = await unless(stop, way.expose(port))
         if granted is not None:
             parent.succeeded(granted)
             log.debug("exposed: %s", granted)
@@ -200,31 +201,16 @@ async def _exposed(way: Control, port: Port, parent: Parent, stop: asyncio.Event
 
 async def _hold(way: Control, port: Port, stop: asyncio.Event) -> None:
     """Until `stop`; a port that the host lost (it was restarted, say) is asked for again."""
-    while (why := await _unless(stop, way.lost())) is not None:
+    while (why := await unless(stop, way.lost())) is not None:
         log.warning("%s has ended: %s; asking for it again", port, why)
         while not stop.is_set():
             try:
-                if await _unless(stop, way.expose(port)) is not None:
+                if await unless(stop, way.expose(port)) is not None:
                     log.info("exposed again: %s", port)
                 break
             except NetstackError as error:
                 log.debug("%s", error)
-                await _unless(stop, asyncio.sleep(RENEW_S))
-
-
-T = TypeVar("T")
-
-
-async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
-    """What `work` returns or raises; `None`, and `work` is cancelled, when `stop` is set first."""
-    task, stopped = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
-    try:
-        await asyncio.wait((task, stopped), return_when=asyncio.FIRST_COMPLETED)
-        return task.result() if task.done() else None
-    finally:
-        for one in (task, stopped):
-            one.cancel()
-        await asyncio.wait((task, stopped))
+                await unless(stop, asyncio.sleep(RENEW_S))
 
 
 if __name__ == "__main__":

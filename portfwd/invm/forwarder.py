@@ -13,6 +13,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Final
 
 from netstack.errors import ConfigError, NetstackError
@@ -20,6 +21,7 @@ from portfwd.invm import flags
 from portfwd.invm.data import Data, Flows
 from portfwd.invm.limits import Budget, descriptors
 from portfwd.invm.transport import FORMS, Address
+from portfwd.invm.waiting import unless
 
 log = logging.getLogger("pyvpnkit.forwarder")
 
@@ -103,24 +105,35 @@ async def _run(listen: Address | None, connect: Address | None, control: Address
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGHUP, write_status, data)
     try:
-        if listen is not None:
-            data.listen(listen, generation=_generation(generation, None))
-            if listen.public:
-                log.warning("%s is open to other machines: whoever connects reaches whatever this VM reaches", listen)
-        async with asyncio.TaskGroup() as tasks:
+        async with AsyncExitStack() as open_doors:
+            if control is not None:
+                await open_doors.enter_async_context(_control_server(control, data))
+            if listen is not None:
+                data.listen(listen, generation=_generation(generation, None))
+                if listen.public:
+                    log.warning(
+                        "%s is open to other machines: whoever connects reaches whatever this VM reaches", listen
+                    )
             if connect is not None:
-                dialling = tasks.create_task(data.keep_connected(connect, generation=_generation(generation, 3)))
-                if listen is None:
-                    dialling.add_done_callback(lambda _: stop.set())
-            await stop.wait()
-            if connect is not None:
-                dialling.cancel()
+                await unless(stop, data.keep_connected(connect, generation=_generation(generation, 3)))
+            if listen is not None:
+                await stop.wait()
     except NetstackError as error:
         log.error("%s", error)
         return 1
     finally:
         await data.close()
     return 0
+
+
+def _control_server(address: Address, data: Data) -> AbstractAsyncContextManager[object]:
+    try:
+        from portfwd.invm.reverse import control_server
+    except ImportError as error:
+        raise ConfigError(
+            f"-control-listen needs what is not installed here: {error}; leave it out, or install it"
+        ) from None
+    return control_server(address, data)
 
 
 def write_status(data: Data) -> str:

@@ -106,11 +106,11 @@ class Address:
         """Whether a listener here can be reached from other machines."""
         return self.kind == "tcp" and not ipaddress.ip_address(self.host).is_loopback
 
-    def listener(self) -> Listening:
-        """Bind and listen; raises `HostError`."""
+    def listener(self, *, mode: int | None = None) -> Listening:
+        """Bind and listen; raises `HostError`. `mode` is that of a unix socket's path, else the umask decides."""
         try:
             if self.kind == "unix":
-                return self._unix_listener()
+                return self._unix_listener(mode)
             sock = self._inherited() if self.kind == "fd" else self._socket()
             try:
                 if self.kind == "vsock":
@@ -129,7 +129,7 @@ class Address:
         except OSError as error:
             raise HostError(f"cannot listen on {self}: {error.strerror or error}") from None
 
-    def _unix_listener(self) -> Listening:
+    def _unix_listener(self, mode: int | None) -> Listening:
         path = short_path(self.path)
         try:
             there = os.lstat(path)
@@ -146,6 +146,8 @@ class Address:
             sock.setblocking(False)
             sock.bind(path)
             made = os.lstat(path)
+            if mode is not None:
+                os.chmod(path, mode)  # nobody can connect before it listens
             sock.listen(BACKLOG)
         except BaseException:
             sock.close()

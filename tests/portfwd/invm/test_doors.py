@@ -36,7 +36,7 @@ def registry() -> Iterator[Registry]:
 @asynccontextmanager
 async def http_door(registry: Registry, path: Path) -> AsyncIterator[str]:
     app = web.Application()
-    app.add_routes(routes(registry, via=lambda _protocol, _address: "stack", dump=lambda: "recv 1 Close\n"))
+    app.add_routes(routes(registry, via=lambda *_: "stack", dump=lambda: "recv 1 Close\n"))
     runner = web.AppRunner(app)
     await runner.setup()
     await web.UnixSite(runner, str(path)).start()
