@@ -59,7 +59,7 @@ class Flows:
             channel.close()
             return
         try:
-            sock = await dial(target, self.patience)
+            sock = await dial(target, self.patience, self.counts)
         except OSError as error:
             self.budget.give()
             self.counts["flows refused by the target"] += 1

@@ -55,10 +55,10 @@ def address_of(target: Destination) -> tuple[socket.AddressFamily, tuple[str, in
     return family, (socket.inet_ntop(family, address), target.port)
 
 
-async def dial(target: Destination, patience: Patience) -> socket.socket:
+async def dial(target: Destination, patience: Patience, counts: Counts | None = None) -> socket.socket:
     """A connected, non-blocking stream socket to a `tcp` or `unix` target; raises `OSError` (`TimeoutError` is one)."""
     if target.protocol == "unix":
-        return await _dial_unix(target.path, patience)
+        return await _dial_unix(target.path, patience, Counts() if counts is None else counts)
     family, where = address_of(target)
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.setblocking(False)
@@ -67,7 +67,7 @@ async def dial(target: Destination, patience: Patience) -> socket.socket:
         return await connected(sock, where)
 
 
-async def _dial_unix(path: str, patience: Patience) -> socket.socket:
+async def _dial_unix(path: str, patience: Patience, counts: Counts) -> socket.socket:
     loop = asyncio.get_running_loop()
     give_up = loop.time() + patience.unix_s
     while True:
@@ -81,6 +81,7 @@ async def _dial_unix(path: str, patience: Patience) -> socket.socket:
         except OSError as error:
             if error.errno not in _NOT_YET or loop.time() + patience.unix_retry_s > give_up:
                 raise
+        counts["unix targets tried again"] += 1
         await asyncio.sleep(patience.unix_retry_s)
 
 

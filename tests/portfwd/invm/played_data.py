@@ -172,6 +172,8 @@ class Mux:
     def __init__(self, sock: socket.socket, generation: int) -> None:
         self.sock = sock
         self.flows: dict[int, Flow] = {}
+        self.opened: list[tuple[bytes, Flow]] = []
+        """By the VM: destination and flow."""
         self.generation = generation
         self._next = 0x7FFFFFFF if generation == 2 else 0xFFFFFFFF
         self._kept = b""
@@ -212,6 +214,12 @@ class Mux:
         if len(kept) < max(whole, length, 11 if command == 4 else 0):
             return False
         self._kept = kept[whole:]
+        if command == 1:
+            assert number not in self.flows and kept[7] == 2
+            flow = self.flows[number] = Flow(self, number)
+            self.opened.append((kept[8:length], flow))
+            self.write(struct.pack("<HBIQ", 15, 5, number, WINDOW))
+            return True
         flow = self.flows[number]
         assert length == {2: 7, 3: 7, 4: 11, 5: 15}[command]
         match command:
