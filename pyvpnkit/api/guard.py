@@ -45,10 +45,6 @@ class Guard:
 
         @web.middleware
         async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-            connection = connection_of(request)
-            connection.busy()
-            connection.audit = ""
-            self.server.counters.requests += 1
             status = 500
             try:
                 response = await self._answer(request, handler)
@@ -60,7 +56,6 @@ class Guard:
             finally:
                 if request.method not in _READING:
                     self._log(request, status)
-                connection.idle()
 
         return guard
 

@@ -17,7 +17,7 @@ import contextlib
 import json
 import logging
 import socket
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -166,7 +166,7 @@ class Connection(web.RequestHandler):
 
 
 class HttpServer:
-    """Serves `app`; an async context manager. Leaving ends every connection.
+    """Serves `app`, which has not started yet; an async context manager. Leaving ends every connection.
 
     `hijacked` are paths whose requests may take their connection over (`portfwd.hijack`).
     """
@@ -184,6 +184,7 @@ class HttpServer:
         self.idle_s = idle_s
         self.loop: asyncio.AbstractEventLoop
         self._app = app
+        app.middlewares.insert(0, self._timing())
         self._hijacked = frozenset(hijacked)
         self._max = max_connections
         self._runner: web.AppRunner | None = None
@@ -230,6 +231,24 @@ class HttpServer:
         task = self.loop.create_task(self._start(sock, peer, runner.server, slot))
         self._starting.add(task)
         task.add_done_callback(self._starting.discard)
+
+    def _timing(self) -> Any:
+        """A middleware that tells connections when they are idle."""
+
+        @web.middleware
+        async def timing(
+            request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+        ) -> web.StreamResponse:
+            connection = connection_of(request)
+            connection.busy()
+            connection.audit = ""
+            self.counters.requests += 1
+            try:
+                return await handler(request)
+            finally:
+                connection.idle()
+
+        return timing
 
     def leave(self, slot: object) -> None:
         """A connection has ended, or did not come about; harmless when repeated."""

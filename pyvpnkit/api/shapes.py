@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Final
 
-from netstack.dhcp.leases import LeaseRecord
+from netstack.dhcp.statics import LeaseRecord
 from netstack.flow.records import FlowRecord
 from portfwd.registry import Forward
 from portfwd.spec import PublishSpec

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from aiohttp import web
 
-from netstack.dhcp.leases import LeaseRecord
+from netstack.dhcp.statics import LeaseRecord
 from netstack.errors import ConfigError
 from netstack.settings import format_mac, parse_ipv4, parse_mac
 from portfwd.errors import AlreadyPublished
