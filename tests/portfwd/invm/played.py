@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -114,8 +114,9 @@ class Tool:
         cwd: Path,
         parent: bool = False,
         listening: socket.socket | None = None,
+        within: Sequence[str] = (),
     ) -> Tool:
-        """`listening` becomes descriptor 4."""
+        """`listening` becomes descriptor 4; `within` is a command that runs another one, in a namespace say."""
         told = given = -1
         high: list[int] = []
         if parent:
@@ -132,7 +133,7 @@ class Tool:
 
         try:
             process = subprocess.Popen(
-                [sys.executable, "-m", f"portfwd.invm.{module}", *map(str, arguments)],
+                [*within, sys.executable, "-m", f"portfwd.invm.{module}", *map(str, arguments)],
                 cwd=cwd,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,

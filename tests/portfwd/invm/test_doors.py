@@ -34,9 +34,9 @@ def registry() -> Iterator[Registry]:
 
 
 @asynccontextmanager
-async def http_door(registry: Registry, path: Path) -> AsyncIterator[str]:
+async def http_door(registry: Registry, path: Path, via: str = "stack") -> AsyncIterator[str]:
     app = web.Application()
-    app.add_routes(routes(registry, via=lambda *_: "stack", dump=lambda: "recv 1 Close\n"))
+    app.add_routes(routes(registry, via=lambda *_: via, dump=lambda: "recv 1 Close\n"))
     runner = web.AppRunner(app)
     await runner.setup()
     await web.UnixSite(runner, str(path)).start()
@@ -45,13 +45,13 @@ async def http_door(registry: Registry, path: Path) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def ninep_door(registry: Registry, path: Path) -> AsyncIterator[str]:
+async def ninep_door(registry: Registry, path: Path, via: str = "stack") -> AsyncIterator[str]:
     listener = socket.socket(socket.AF_UNIX)
     with suppress(FileNotFoundError):
         os.unlink(path)
     listener.bind(str(path))
     listener.listen()
-    async with port_server(listener, PortTable(registry).connect, lambda sock: sock.close()):
+    async with port_server(listener, PortTable(registry, via=via).connect, lambda sock: sock.close()):
         yield f"9p:{path}"
 
 
