@@ -120,8 +120,13 @@ class RecordChannel:
         channel.attach(self)
 
     def send(self, record: Record) -> bool:
-        """Send, or drop and count (`dropped`) when the peer is behind by more than 128 KiB; False: dropped."""
-        octets = emit(record)
+        """Send, or drop and count (`dropped`) when the peer is behind by more than 128 KiB, or the datagram is longer than a
+        record can be (IPv6 has some); False: dropped."""
+        try:
+            octets = emit(record)
+        except Malformed:
+            self.dropped += 1
+            return False
         if self._over or self._behind + len(octets) > BEHIND:
             self.dropped += 1
             return False

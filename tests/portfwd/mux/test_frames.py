@@ -180,8 +180,9 @@ def decoded(pieces: list[bytes]) -> tuple[list[Frame], dict[int, bytes]]:
     return found, payloads
 
 
-@given(st.lists(frames, max_size=12), st.randoms(use_true_random=False), st.sampled_from([1, 2, 7, 40, 4000]))
-def test_frames_survive_any_cutting(said: list[Frame], rng: random.Random, largest: int) -> None:
+@given(st.lists(frames, max_size=12), st.integers(0, 1 << 32), st.sampled_from([1, 2, 7, 40, 4000]))
+def test_frames_survive_any_cutting(said: list[Frame], seed: int, largest: int) -> None:
+    rng = random.Random(seed)
     stream, payloads = b"", {}
     for frame in said:
         stream += emit(frame)
