@@ -60,7 +60,7 @@ def control(text: str) -> Control:
     """The way `text` names; raises `ConfigError`."""
     if text.startswith("9p:"):
         return NinePControl(Address.parse(text.removeprefix("9p:")))
-    if os.path.isdir(text):
+    if os.path.isdir(text) and not text.isdigit():  # a number is a vsock's, whatever lies about here
         return MountedControl(text)
     return HttpControl(Address.parse(text))
 

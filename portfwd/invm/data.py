@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from netstack.errors import HostError, Malformed
 from portfwd.carriers import Destination
-from portfwd.invm.limits import Budget, Counts
+from portfwd.invm.limits import Budget, Counts, Seldom
 from portfwd.invm.targets import Client, Patience, UdpTarget, dial
 from portfwd.invm.transport import Address, Listening
 from portfwd.mux.accept import Accepted
@@ -141,7 +141,7 @@ class Connection:
             on_end=self._ended,
             limits=Limits(channels=most),
         )
-        self._silence = self._loop.call_later(SPEAK_S, self._silent)
+        self._silence = None if role is Role.CONNECTOR else self._loop.call_later(SPEAK_S, self._silent)
 
     @property
     def generation(self) -> int | None:
@@ -171,7 +171,8 @@ class Connection:
 
     def _ended(self, reason: str) -> None:
         self.reason = reason
-        self._silence.cancel()
+        if self._silence is not None:
+            self._silence.cancel()
         for task in tuple(self._dialling):
             task.cancel()
         for flow in tuple(self._datagrams):
@@ -196,6 +197,7 @@ class Data:
         self._redial_s = redial_s
         self._loop = asyncio.get_running_loop()
         self._listening: list[tuple[Address, Listening]] = []
+        self._seldom = Seldom(LOG_EVERY_S)
         self._resting: dict[int, asyncio.TimerHandle] = {}
         self._waiting: set[asyncio.Task[None]] = set()
 
@@ -215,7 +217,7 @@ class Data:
         finally:
             self.connections.pop(connection, None)
             self._seats.give()
-        if connection.reason and connection.generation != 1:
+        if connection.reason not in ("", "closed") and self._seldom.now():
             log.warning("a data connection ended: %s", connection.reason)
 
     def listen(self, address: Address, *, generation: int | None = None) -> None:
@@ -260,28 +262,29 @@ class Data:
 
     async def keep_connected(self, address: Address, *, generation: int | None = 3) -> None:
         """Dial the host, serve the connection, and again when it ends. Returns for `fd:N` alone, which can be had once."""
-        told = float("-inf")
+        seldom, lasting = Seldom(LOG_EVERY_S), True
         while True:
             try:
                 async with asyncio.timeout(DIAL_TIMEOUT_S):
                     sock = await address.connect()
             except (OSError, HostError) as error:
-                if self._loop.time() - told >= LOG_EVERY_S:
-                    told = self._loop.time()
+                if seldom.now():
                     why = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or "no answer"
                     log.warning("cannot connect to the host at %s: %s; trying every %g s", address, why, self._redial_s)
-                if address.kind == "fd":
-                    return
             else:
                 if self._seats.take():
-                    log.info("connected to the host at %s", address)
-                    told = float("-inf")
+                    began = self._loop.time()
+                    # A host that hangs up again and again is not reported each time.
+                    log.log(logging.INFO if lasting else logging.DEBUG, "connected to the host at %s", address)
                     await self.serve(sock, role=Role.CONNECTOR, generation=generation).over.wait()
-                    log.info("the connection to the host at %s ended", address)
+                    log.log(
+                        logging.INFO if lasting else logging.DEBUG, "the connection to the host at %s ended", address
+                    )
+                    lasting = self._loop.time() - began >= LOG_EVERY_S
                 else:
                     sock.close()
-                if address.kind == "fd":
-                    return
+            if address.kind == "fd":
+                return
             await asyncio.sleep(self._redial_s)
 
     def status(self) -> dict[str, Any]:

@@ -34,6 +34,8 @@ PROGRAM: Final = "pyvpnkit expose-port"
 PARENT_FD: Final = 3  # spec vpnkit 7.5
 LISTEN_FD: Final = 4
 """Where a dockerd that says `-use-listen-fd` puts the socket it bound itself."""
+GIVE_BACK_S: Final = 10.0
+"""How long the end of this process waits for the host; dockerd waits for it in turn."""
 RENEW_S: Final = 1.0
 """Between attempts to get a port back that the host has lost."""
 
@@ -68,7 +70,7 @@ class Parent:
     @classmethod
     def of(cls, descriptor: int, interactive: bool) -> Parent:
         """To be called before this process opens anything: later, the number may be a descriptor of its own."""
-        if interactive or sys.stdout.isatty():
+        if interactive or (sys.stdout is not None and sys.stdout.isatty()):
             return cls(None, True)
         try:
             mode = os.fstat(descriptor).st_mode
@@ -171,7 +173,7 @@ def wanted(given: flags.Given) -> Port:
 async def _run(way: Control, port: Port, local: socket.socket | None, parent: Parent) -> int:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, stop.set)
     serving = None if local is None else LocalBind(local, port, budget=Budget(descriptors()))
     try:
@@ -193,7 +195,10 @@ async def _exposed(way: Control, port: Port, parent: Parent, stop: asyncio.Event
         parent.failed(str(error))
         status = 1
     try:
-        await way.unexpose()
+        async with asyncio.timeout(GIVE_BACK_S):
+            await way.unexpose()
+    except TimeoutError:
+        log.warning("%s cannot be given back: the host does not answer within %g s", port, GIVE_BACK_S)
     except NetstackError as error:
         log.warning("%s cannot be given back: %s", port, error)
     return status

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from typing import Final
 
@@ -29,6 +30,22 @@ class Budget:
 
     def give(self) -> None:
         self.held -= 1
+
+
+class Seldom:
+    """Says yes once in a while: for words that a peer could make us repeat without end."""
+
+    def __init__(self, every_s: float) -> None:
+        self._every_s = every_s
+        self._last = float("-inf")
+
+    def now(self) -> bool:
+        """Whether it is time again."""
+        now = time.monotonic()
+        if now - self._last < self._every_s:
+            return False
+        self._last = now
+        return True
 
 
 class Counts(Counter[str]):

@@ -30,10 +30,11 @@ def test_dockerd_hears_success_and_a_signal_gives_the_port_back(start: Start, ho
     assert host.requests[1:] == [("DELETE", "/forwards/unexpose/port", PORT)]
 
 
-def test_an_interrupt_gives_the_port_back_too(start: Start, host: PlayedHost) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_other_signals_give_the_port_back_too(start: Start, host: PlayedHost, number: int) -> None:
     tool = start("expose_port", *DOCKER, "-control", host.path, "-no-local-ip", parent=True)
     assert tool.heard() == b"0\n"
-    assert tool.end(signal.SIGINT)[0] == 0
+    assert tool.end(number)[0] == 0
     assert host.ports == [] and len(host.requests) == 2
 
 
@@ -136,6 +137,14 @@ def test_a_signal_before_the_host_has_answered_gives_the_port_back(start: Start,
     assert tool.heard() == b""
     assert tool.result()[0] == 0
     assert host.requests[1][:2] == ("DELETE", "/forwards/unexpose/port")
+
+
+def test_a_host_that_is_gone_by_then_does_not_keep_it(start: Start, host: PlayedHost) -> None:
+    tool = start("expose_port", *DOCKER, "-control", host.path, "-no-local-ip", parent=True)
+    assert tool.heard() == b"0\n"
+    host.path.unlink()
+    status, _, said = tool.end()
+    assert status == 0 and "cannot be given back" in said
 
 
 @pytest.mark.parametrize(

@@ -392,6 +392,37 @@ def test_an_inherited_connection_is_served_and_its_end_is_the_end(start: Start) 
     assert tool.result()[0] == 0
 
 
+def test_a_host_that_hangs_up_again_and_again_does_not_fill_the_log(start: Start, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as host:
+        host.settimeout(LIMIT_S)
+        host.bind(str(tmp_path / "host.sock"))
+        host.listen()
+        tool = start("forwarder", "-data-connect", "host.sock")
+        for _ in range(4):
+            accepted(host).close()
+        said = tool.end()[2]
+    assert said.count(" connected to the host") == 1 and said.count("the connection to the host") == 1
+    assert said.count("a data connection ended") <= 1
+
+
+def test_it_runs_without_uvloop(start: Start, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "uvloop.py").write_text("raise ImportError\n")  # found first: `-m` looks in the current directory
+    tool = start("forwarder", "-data-listen", data)
+    target = listener()
+    with served(target, servers.echo), udp_echo() as port:
+        mux = Mux(connected(data), 3)
+        maps = Path(f"/proc/{tool.process.pid}/maps").read_text()
+        assert "uvloop" not in maps
+        flow = mux.open(destination("tcp", *target.getsockname()))
+        flow.send(b"x" * 200_000)
+        assert flow.read(200_000) == b"x" * 200_000
+        datagrams = mux.open(destination("udp", "127.0.0.1", port))
+        datagrams.send(record(b"x"))
+        assert datagrams.read(len(record(b"x"))) == record(b"x")
+        mux.sock.close()
+    assert tool.end()[0] == 0
+
+
 def test_both_doors_at_once(start: Start, data: Path, tmp_path: Path) -> None:
     target = listener()
     with served(target, servers.echo), socket.socket(socket.AF_UNIX) as host:
