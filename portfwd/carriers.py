@@ -72,7 +72,7 @@ class Carriers:
     """The ways there are, for the listeners of one registry.
 
     `may_show(address)` says whether the guest may see a client under its own IPv4 address (4 octets): not one of the virtual
-    network's, nor the host's loopback.
+    network's, nor the host's loopback. `is_guest(text)` says whether our own TCP and UDP get to an address.
     """
 
     def __init__(
@@ -81,10 +81,12 @@ class Carriers:
         *,
         plane: DataPlane | None = None,
         may_show: Callable[[bytes], bool] = lambda address: True,
+        is_guest: Callable[[str], bool] = lambda address: True,
     ) -> None:
         self.find_guest = find_guest
         self.plane = plane
         self._may_show = may_show
+        self._is_guest = is_guest
         self.dialer: Dialer | None = None
         """There from the moment that the stack runs."""
 
@@ -94,6 +96,11 @@ class Carriers:
             raise ConfigError(
                 f"publish: {spec}: there is no forwarder to go by; set `forwarder`, such as "
                 "--forwarder hyperkit:/PATH/connect, or publish a port of the guest itself"
+            )
+        if spec.via == "stack" and spec.guest is not None and not self._is_guest(spec.guest):
+            raise ConfigError(
+                f"publish: {spec}: {spec.guest} is no address of this network; name a guest's, or leave it out, or have a "
+                "forwarder in the VM go there (setting `forwarder`, and via=forwarder)"
             )
 
     def guest(self, spec: PublishSpec) -> bytes:

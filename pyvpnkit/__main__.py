@@ -1,5 +1,5 @@
 """`python -m pyvpnkit` is the command `pyvpnkit`."""
 
-from pyvpnkit.cli import run
+from pyvpnkit.entry import run
 
 run()

@@ -12,7 +12,8 @@ from typing import Any, Final
 
 import netstack  # noqa: F401  # first: it makes our `dns` importable beside dnspython's
 from netstack.errors import ConfigError, NetstackError
-from pyvpnkit import config, loader, values
+from pyvpnkit import commands as commands_of_control
+from pyvpnkit import config, entry, loader, values
 from pyvpnkit.config import OPTIONS, Option, Settings
 
 OVERVIEW: Final = """\
@@ -30,6 +31,8 @@ examples:
                                -netdev stream,id=n,server=off,addr.type=unix,addr.path=/tmp/net.sock
   pyvpnkit run --config vm.yaml --capture /tmp/vm.pcapng
       settings from a file, the capture switched on by hand
+  pyvpnkit expose 8080:80; pyvpnkit ports; pyvpnkit top; pyvpnkit capture tcp port 80 | wireshark -k -i -
+      while it runs: publish a port, list them, see who transfers what, look at the packets
   pyvpnkit check-config vm.yaml
       every mistake with its line, and what would be accepted
 
@@ -56,6 +59,12 @@ TITLES: Final = {
     "vpnkit": "VPNKit's sockets and files",
 }
 
+IN_VM: Final = {
+    "forwarder": "carry what the host sends on published ports (VPNKit's vpnkit-forwarder)",
+    "expose-port": "publish a port on the host while this runs (vpnkit-expose-port; dockerd's userland proxy)",
+    "list-ports": "the ports that are published on the host (vpnkit-list-ports)",
+}
+
 NOT_IN_SHELL: Final = frozenset({"links", "pid_file", "user"})
 """Settings that make no sense where the guest is a child of ours."""
 
@@ -73,7 +82,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         option = config.BY_KEY.get(action.dest.replace("__", "."))
-        if option is None:
+        if option is None or not action.option_strings:
             return action.help
         words = config.documentation(option).replace("`", "")
         default = "" if option.many or option.pairs else f" [{config.default_text(option)}]"
@@ -162,6 +171,11 @@ def parser() -> argparse.ArgumentParser:
         "--vm", action="store_true", help="with a virtual machine of QEMU's: boots Debian's kernel (x86-64)"
     )
 
+    commands_of_control.add(command)
+
+    for name, help in IN_VM.items():
+        command(name, f"inside a VM: {help}", add_help=False).add_argument("rest", nargs=argparse.REMAINDER)
+
     check = command("check-config", "look a settings file over")
     check.add_argument("file", metavar="FILE")
     command("version", "print versions")
@@ -178,6 +192,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own) and return the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in entry.IN_VM:
+        return entry.main(argv)
     try:
         parsed = arguments(argv)
     except SystemExit as leaving:  # argparse has printed help or the mistake already
@@ -211,6 +228,8 @@ def _dispatch(parsed: argparse.Namespace) -> int:
             from pyvpnkit import demo
 
             return int(demo.main(parsed))
+        case name if name in commands_of_control.MODULES:
+            return commands_of_control.run(parsed)
         case "check-config":
             return _check(parsed.file)
         case "version":
@@ -254,8 +273,3 @@ def _version() -> int:
     print(f"pyvpnkit {of('pyvpnkit')}")
     print(f"Python {platform.python_version()}, uvloop {of('uvloop')}, {platform.system()} {platform.release()}")
     return 0
-
-
-def run() -> None:
-    """The console script."""
-    sys.exit(main())

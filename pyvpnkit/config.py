@@ -308,8 +308,22 @@ OPTIONS: Final[tuple[Option, ...]] = (
     _option(
         "vpnkit.gateway_forwards", "--gateway-forwards", "FILE", values.or_off(values.text), "/run/vm/forwards.json"
     ),
-    _option("vpnkit.tcpv4_forwards", "--tcpv4-forwards", "PORT:IP:PORT", values.text, "8888:127.0.0.1:80", many=True),
-    _option("vpnkit.udpv4_forwards", "--udpv4-forwards", "PORT:IP:PORT", values.text, "5353:127.0.0.1:53", many=True),
+    _option(
+        "vpnkit.tcpv4_forwards",
+        "--tcpv4-forwards",
+        "PORT:IP:PORT",
+        values.gateway_forward("tcp"),
+        "8888:127.0.0.1:80",
+        many=True,
+    ),
+    _option(
+        "vpnkit.udpv4_forwards",
+        "--udpv4-forwards",
+        "PORT:IP:PORT",
+        values.gateway_forward("udp"),
+        "5353:127.0.0.1:53",
+        many=True,
+    ),
     _option("vpnkit.forwards", "--forwards", "FILE", values.or_off(values.text), "/run/vm/tunnels.json"),
 )
 

@@ -86,7 +86,7 @@ class Service:
         self.plane = _plane(settings)
         """The way to VPNKit's forwarder, where one is configured."""
         self.registry = Registry(
-            carriers=Carriers(self.default_guest, plane=self.plane, may_show=self._may_be_seen),
+            carriers=Carriers(self.default_guest, plane=self.plane, may_show=self._may_be_seen, is_guest=self.is_guest),
             allowed=settings.allowed_bind_addresses,
             inherit=self._inherited,
             events=self.events,
@@ -96,6 +96,7 @@ class Service:
         self.state_directory: Path | None = None
         """Where leases, forwards made by hand and control.sock are; set it before entering."""
         self.state: State | None = None
+        self.doors: Doors | None = None
         self._dns = self._new_dns(settings)
         self._ntp = NtpServer()
         self._capture: PcapWriter | None = None
@@ -150,7 +151,7 @@ class Service:
                 undo.push_async_callback(self.plane.close)
                 self.plane.start(self._loop)
             self.registry.start(self.stack, self._loop)
-            await undo.enter_async_context(Doors(self))
+            self.doors = await undo.enter_async_context(Doors(self))
             self._resources = undo.pop_all()
         if self._capture is not None:
             self._again("flush", FLUSH_S, self._flush)
@@ -195,6 +196,8 @@ class Service:
         """No new links, clients or flows from now on; those there are go on."""
         if self.state is not None:
             self.state.freeze()
+        if self.doors is not None:
+            self.doors.stop_accepting()
         self.registry.close()
         self.attachments.stop_accepting()
         self.stack.drain()
@@ -263,6 +266,11 @@ class Service:
         """The guest of published ports that name none: the lowest leased address, before any lease the pool's first."""
         leased = [lease.address for lease in self.stack.leases.active(self._clock())]
         return min(leased) if leased else self.settings.network.pool[0].packed
+
+    def is_guest(self, address: str) -> bool:
+        """Whether an address of the virtual network, so that our own TCP and UDP get there."""
+        found = ipaddress.ip_address(address)
+        return found.version == 4 and found in self.settings.network.network
 
     def _may_be_seen(self, address: bytes) -> bool:
         """Whether a guest may see a client of a published port under this address of its own."""
@@ -369,6 +377,11 @@ class Service:
             **self.stack.status(),
             "listening": self.attachments.listening,
             "published": [str(forward) for forward in self.registry],
+            "not_published": [f"{spec}: {why}" for spec, why in self.state.forwards.failed.items()]
+            if self.state is not None
+            else [],
+            "control": self.doors.where if self.doors is not None else [],
+            "forwarder": self.plane.status() if self.plane is not None else "off",
             "flows": [dataclasses.asdict(flow) for flow in self.stack.flows()],
             "capture": "off"
             if self._capture is None

@@ -122,6 +122,16 @@ def forwarder(text: str) -> str:
     return str(Where.parse(text))
 
 
+def gateway_forward(protocol: str) -> Parse:
+    def parse(text: str) -> str:
+        from portfwd.outgoing import parse_static  # where it is used: few have any
+
+        parse_static(protocol, text)
+        return text
+
+    return parse
+
+
 def mac(text: str) -> str:
     return parse_mac(text).hex(":")
 

@@ -1,0 +1,29 @@
+"""The console script. The programs for inside a VM start without the daemon's imports, for they have small machines to run in."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+IN_VM: Final = {
+    "forwarder": "portfwd.invm.forwarder",
+    "expose-port": "portfwd.invm.expose_port",
+    "list-ports": "portfwd.invm.list_ports",
+}
+"""Commands with flags as Go writes them, and the modules whose `main` they are."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command line `argv` and return the exit status."""
+    if argv and argv[0] in IN_VM:
+        return int(importlib.import_module(IN_VM[argv[0]]).main(argv[1:]))
+    from pyvpnkit import cli
+
+    return cli.main(argv)
+
+
+def run() -> None:
+    """The console script."""
+    sys.exit(main(sys.argv[1:]))
