@@ -215,7 +215,7 @@ class _Api:
         self._waits += 1
         try:
             async with asyncio.timeout(seconds):
-                while not await self._accepts(guest):  # noqa: ASYNC110  # a guest's port tells nobody
+                while not await self._accepts(guest, request):  # noqa: ASYNC110  # a port of a guest tells nobody
                     await asyncio.sleep(AGAIN_S)
         except TimeoutError:
             return failure(408, f"{guest} did not accept a connection within {seconds} s")
@@ -223,8 +223,8 @@ class _Api:
             self._waits -= 1
         return web.Response()
 
-    async def _accepts(self, guest: Endpoint) -> bool:
-        """Whether a connection comes about; it is closed at once, with nothing sent."""
+    async def _accepts(self, guest: Endpoint, request: web.Request) -> bool:
+        """Whether a connection comes about, which is then closed with nothing sent; or whoever wants to know has left."""
         source = Endpoint(self._of.gateway, self._rng.randrange(49152, 65536))
         ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
@@ -236,10 +236,10 @@ class _Api:
         with ours:
             self._of.dialer.dial(guest, sock, source=source, on_close=on_close)
             while not ended.done():
-                if self._of.state(guest, source) in _ACCEPTED:
+                if self._of.state(guest, source) in _ACCEPTED or request.transport is None:
                     return True
                 await asyncio.wait((ended,), timeout=LOOK_S)
-            return ended.result() in _HAD_ACCEPTED
+            return ended.result() in _HAD_ACCEPTED or request.transport is None
 
 
 def _guest(query: Mapping[str, str], status: int) -> Endpoint:

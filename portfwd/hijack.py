@@ -2,12 +2,13 @@
 
 Theory of operation. Such clients may speak before anybody answers (gvforwarder never reads a response), and an HTTP parser that
 has once seen those octets takes them for the next request. So they are never shown to it: a `Door` stands between the
-connection and aiohttp's handler and looks at the first request with MSG_PEEK, taking no more from the socket than its head.
+connection and aiohttp's handler. Before each read it looks at what waits (MSG_PEEK), and lends the loop a buffer that holds
+just what may be read.
 
-    accepted -> peek: path known? --no, any other path--> aiohttp has the connection, the door is out of the way
-                                  --yes-----------------> exactly the head is read and given to aiohttp, so that middleware and
-                                                          routes see it; the handler calls `hijack(request)`, or answers
-                                                          as usual, and then the connection is closed
+    octets wait -> path known? --no, any other path--> aiohttp has the connection, the door is out of the way
+                               --yes-----------------> exactly the head is read and given to aiohttp, so that middleware and
+                                                       routes see it; the handler calls `hijack(request)`, or answers
+                                                       as usual, and then the connection is closed
 
 What follows the head is still in the kernel when the handler gets the socket, as if nobody had been there. Only the first request
 of a connection can be taken so; a later one is told to come on a connection of its own.
@@ -35,7 +36,7 @@ _LINE: Final = 1024
 
 _TARGET: Final = re.compile(rb"[\r\n]*[A-Za-z]{1,16} +(?:http://[^/ ]*)?(/[^ ?#]*)[ ?#]", re.ASCII)
 _BODY: Final = re.compile(
-    rb"\r\n(?:transfer-encoding[ \t]*:|content-length[ \t]*:[ \t]*(?!0+[ \t]*\r\n))", re.IGNORECASE
+    rb"\r\n(?:transfer-encoding[ \t]*:|content-length[ \t]*:(?![ \t]*0+[ \t]*\r\n))", re.IGNORECASE
 )
 
 Factory: TypeAlias = Callable[[], asyncio.BaseProtocol]
@@ -80,105 +81,133 @@ class Doorway:
         self._server = server
         self._paths = paths
 
-    def __call__(self) -> asyncio.Protocol:
+    def __call__(self) -> asyncio.BaseProtocol:
         return Door(self._server(), self._paths)
 
 
-class Door(Between):
+class _Reins:
+    """A transport as aiohttp has it: while the door is there, whether it reads is the door's business alone.
+
+    aiohttp reads on when a body ends, and would take what follows the head.
+    """
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self.held = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def pause_reading(self) -> None:
+        if not self.held:
+            self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        if not self.held:
+            self._transport.resume_reading()
+
+
+class Door(asyncio.BufferedProtocol):
     """See the module."""
 
     def __init__(self, inner: asyncio.BaseProtocol, paths: Container[str]) -> None:
-        super().__init__(inner)
+        self.inner = cast(asyncio.Protocol, inner)
         self._paths = paths
         self._transport: asyncio.Transport | None = None
+        self._reins: _Reins | None = None
         self._sock: socket.socket | None = None
-        """The same connection under a number of our own: a loop does not let others read what a transport reads."""
+        """The same connection under a number of our own, to look at it and to hand it over."""
         self._held = b""
-        self._watching = False
+        self._buffer = bytearray(1)
+        self._whole = False
+        """The next octets read complete the head of a request for one of our paths."""
+        self._open = False
+        """The next octets read, and all after them, are aiohttp's."""
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        super().connection_made(transport)
+        self._reins = _Reins(self._transport)
+        self.inner.connection_made(cast(asyncio.BaseTransport, self._reins))
         if self._transport.is_closing():
             return
         try:
             self._sock = socket.socket(fileno=dup(transport.get_extra_info("socket").fileno()))
         except OSError:  # no descriptor left: then there is no hijacking, and all the rest goes on
-            self._let_through()
-            return
-        self._transport.pause_reading()
-        loop = asyncio.get_running_loop()
-        loop.add_reader(self._sock.fileno(), self._look)
-        self._watching = True
-        self._timer = loop.call_later(HEAD_S, self._transport.abort)
+            self._open = True
+        self._timer = asyncio.get_running_loop().call_later(HEAD_S, self._transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_looking()
-        if self._sock is not None:
-            self._sock.close()
-            self._sock = None
-        super().connection_lost(exc)
+        self._forget()
+        self.inner.connection_lost(exc)
 
-    def _stop_looking(self) -> None:
+    def _forget(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._watching and self._sock is not None:
-            asyncio.get_running_loop().remove_reader(self._sock.fileno())
-        self._watching = False
-
-    def _look(self) -> None:
-        """Octets have come. What is taken from the socket here is held; what decides is left where it is."""
-        assert self._sock is not None
-        try:
-            waiting = self._sock.recv(MAX_HEAD, socket.MSG_PEEK)
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError:
-            waiting = b""
-        seen = self._held + waiting
-        found = _TARGET.match(seen)
-        if not waiting or (found is None and len(seen) > _LINE):
-            self._let_through()
-        elif found is None:
-            self._take(len(waiting))
-        elif found[1].decode("latin-1") not in self._paths:
-            self._let_through()
-        elif (end := seen.find(b"\r\n\r\n")) < 0:
-            self._take(len(waiting))
-            if len(self._held) > MAX_HEAD:
-                self._let_through()
-        elif _BODY.search(seen, 0, end + 2):
-            self._let_through()
-        else:
-            self._take(end + 4 - len(self._held))
-            self._stop_looking()
-            # Whatever is answered in place of a hijack, no other request follows on this connection.
-            self.inner.data_received(self._held[:-2] + b"Connection: close\r\n\r\n")
-            self._held = b""
-
-    def _take(self, octets: int) -> None:
-        assert self._sock is not None
-        try:
-            self._held += self._sock.recv(octets)
-        except OSError:  # the next look finds out
-            pass
-
-    def _let_through(self) -> None:
-        """An ordinary connection from now on; this object is forgotten."""
-        self._stop_looking()
         if self._sock is not None:
             self._sock.close()
             self._sock = None
-        assert self._transport is not None
-        if self._transport.is_closing():
-            return
+
+    def eof_received(self) -> bool | None:
+        return self.inner.eof_received()
+
+    def pause_writing(self) -> None:
+        self.inner.pause_writing()
+
+    def resume_writing(self) -> None:
+        self.inner.resume_writing()
+
+    def get_buffer(self, sizehint: int) -> bytearray:
+        self._buffer = bytearray(max(1, self._may_read()))
+        return self._buffer
+
+    def _may_read(self) -> int:
+        """How many of the octets that wait may be read now, and what becomes of them."""
+        if self._sock is None:
+            return MAX_HEAD
+        try:
+            waiting = self._sock.recv(MAX_HEAD, socket.MSG_PEEK)
+        except OSError:  # whatever it is, the read that follows finds it too
+            return 1
+        seen = self._held + waiting
+        found = _TARGET.match(seen)
+        if found is None:
+            self._open = len(seen) > _LINE
+        elif found[1].decode("latin-1") not in self._paths:
+            self._open = True
+        elif (end := seen.find(b"\r\n\r\n")) < 0:
+            self._open = len(seen) > MAX_HEAD
+        elif _BODY.search(seen, 0, end + 2):
+            self._open = True
+        else:
+            self._whole = True
+            return end + 4 - len(self._held)
+        return len(waiting)
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._held += self._buffer[:nbytes]
+        if self._open:
+            self._let_through()
+        elif self._whole and self._held.endswith(b"\r\n\r\n"):
+            assert self._transport is not None
+            self._transport.pause_reading()
+            if self._timer is not None:
+                self._timer.cancel()
+            head, self._held = self._held, b""
+            # Whatever is answered in place of a hijack, no other request follows on this connection.
+            self.inner.data_received(head[:-2] + b"Connection: close\r\n\r\n")
+
+    def _let_through(self) -> None:
+        """An ordinary connection from now on; this object is forgotten."""
+        self._forget()
+        assert self._transport is not None and self._reins is not None
+        self._transport.pause_reading()  # a loop chooses its way of reading when it begins to
         self._transport.set_protocol(self.inner)
+        self._reins.held = False
         self._transport.resume_reading()
-        if self._held:
-            self.inner.data_received(self._held)
-            self._held = b""
+        held, self._held = self._held, b""
+        self.inner.data_received(held)
 
     def hand_over(self) -> socket.socket:
         """The connection, non-blocking; what follows the request's head is unread. Raises `NotTaken` when it is gone already."""

@@ -218,13 +218,13 @@ class _Api:
     async def list(self, _request: web.Request) -> web.Response:
         return _answer([port.json() for _, port in self._ports()] or None)
 
-    async def dump(self, _request: web.Request) -> web.Response:
+    async def dump(self, request: web.Request) -> web.Response:
         if self._dumps >= MAX_DUMPS:
             return _failure(503, f"{MAX_DUMPS} dumps wait for a multiplexer already")
         self._dumps += 1
         try:
             async with asyncio.timeout(DUMP_S):
-                while (found := self._dump()) is None:  # noqa: ASYNC110  # nobody tells
+                while (found := self._dump()) is None and request.transport is not None:  # noqa: ASYNC110  # nobody tells
                     await asyncio.sleep(0.1)
         except TimeoutError:
             return _failure(
