@@ -30,6 +30,18 @@ SPEC_HELP: Final = (
     "[tcp|udp:][IP:]PORT:[GUESTIP:]GUESTPORT, or unix:/PATH:[GUESTIP:]GUESTPORT; "
     "without IP the port is bound on 127.0.0.1 alone"
 )
+EXPOSE_EXAMPLES: Final = """\
+examples:
+  pyvpnkit expose 8080:80                    port 8080 of this host, loopback only, to port 80 of the guest
+  pyvpnkit expose 0.0.0.0:8080:80            for other hosts too
+  pyvpnkit expose 0:192.168.65.4:22          a free port, which is printed, to a certain guest
+  pyvpnkit expose udp:5000-5010:5000-5010    a range
+  pyvpnkit expose unix:/tmp/vm.sock:2375     a Unix socket of this host"""
+CAPTURE_EXAMPLES: Final = """\
+examples:
+  pyvpnkit capture | wireshark -k -i -
+  pyvpnkit capture tcp port 80 | tcpdump -n -r -
+  pyvpnkit capture -w /tmp/dns.pcapng -c 100 'udp port 53 and not host 192.168.65.4'"""
 FILTER_HELP: Final = "in the words of tcpdump, such as: host 192.168.65.3 and tcp port 80"
 
 
@@ -77,7 +89,9 @@ def add(command: Command) -> None:
     made.add_argument("--once", action="store_true", help="print one table over one interval, and end")
     json(made)
 
-    made = one("capture", "frames of all links as pcapng, as they pass, for Wireshark and tcpdump")
+    made = one(
+        "capture", "frames of all links as pcapng, as they pass, for Wireshark and tcpdump", epilog=CAPTURE_EXAMPLES
+    )
     made.add_argument("-w", "--write", metavar="FILE", help="to this file; - is standard output [standard output]")
     made.add_argument("-c", "--count", type=int, metavar="N", help="end after N frames")
     made.add_argument("-s", "--snaplen", type=int, metavar="OCTETS", help="octets kept of each frame [all]")

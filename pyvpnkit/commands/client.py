@@ -14,7 +14,6 @@ from netstack.errors import ConfigError, HostError
 
 LIMIT_S: Final = 30.0
 """For an answer."""
-MAX_ANSWER: Final = 256 << 20
 
 
 class _Connection(http.client.HTTPConnection):
@@ -88,7 +87,7 @@ class Client:
         connection, response = self._ask(method, target, body, {}, LIMIT_S)
         try:
             with response:
-                octets = response.read(MAX_ANSWER)
+                octets = response.read()
             return _value(response, octets)
         except (OSError, http.client.HTTPException) as error:
             raise HostError(f"{self.path}: the daemon broke off its answer ({error}); its log may say why") from None
@@ -102,7 +101,7 @@ class Client:
             return Stream(connection, response)
         try:
             with response:
-                _value(response, response.read(MAX_ANSWER))
+                _value(response, response.read())
         finally:
             connection.close()
         raise HostError(f"{self.path}: answered {response.status} where a stream was expected")

@@ -45,6 +45,16 @@ async def as_user(uid: int, path: str) -> str:
     return str(done.stdout).strip()
 
 
+@pytest.fixture(params=["asyncio", "uvloop"])
+def event_loop_policy(request: pytest.FixtureRequest) -> asyncio.AbstractEventLoopPolicy:
+    """Of both loops the daemon may run in: what is asked of sockets and transports here differs between them."""
+    if request.param == "asyncio":
+        return asyncio.DefaultEventLoopPolicy()
+    uvloop = pytest.importorskip("uvloop")
+    policy: asyncio.AbstractEventLoopPolicy = uvloop.EventLoopPolicy()
+    return policy
+
+
 @pytest.fixture
 async def tcp(tmp_path: Path) -> AsyncIterator[Control]:
     """With a TCP listener and a token."""
