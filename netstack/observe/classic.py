@@ -84,6 +84,11 @@ class Ring:
         self._readers: list[Reader] = []
 
     @property
+    def readers(self) -> int:
+        """How many follow."""
+        return len(self._readers)
+
+    @property
     def end(self) -> int:
         """Number of the next packet."""
         return self.first + len(self._records)
@@ -94,9 +99,9 @@ class Ring:
 
     def add(self, frame: Buffer, time_ns: int, octets: int) -> None:
         """Keep a copy of `frame`, of which `octets` were on the link."""
-        kept = bytes(frame[: self.snaplen])
+        kept = frame[: self.snaplen]
         seconds, rest = divmod(time_ns, 1_000_000_000)
-        record = _RECORD.pack(seconds & 0xFFFFFFFF, rest // 1000, len(kept), octets) + kept
+        record = _RECORD.pack(seconds & 0xFFFFFFFF, rest // 1000, len(kept), octets) + kept  # a copy
         records = self._records
         records.append(record)
         self.octets += len(record)

@@ -159,7 +159,6 @@ class PortTable:
         """A connection has ended."""
         for entry in [entry for entry in self.entries.values() if entry.holder is holder]:
             self.end(entry)
-        self._registry.release(holder.owner)
 
 
 class PortFiles:

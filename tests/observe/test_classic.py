@@ -47,7 +47,7 @@ GOOD = [
     pytest.param(frame(IN_IP, UDP(sport=50000, dport=3128), Raw(b"x")), None, id="UDP 3128 is no proxy"),
     pytest.param(frame(IN_IP, TCP(sport=50000, dport=80)), None, id="anything else"),
     pytest.param(frame(IP(proto=47), Raw(bytes(40))), None, id="another protocol"),
-    pytest.param(frame(IP(frag=100, proto=17), Raw(bytes(8))), None, id="a later fragment has no ports"),
+    pytest.param(frame(IP(frag=100, proto=17), Raw(b"\0\x35" * 4)), None, id="a later fragment has no ports"),
     pytest.param(frame(IP(frag=100, proto=1), Raw(bytes(8))), "icmp", id="a later fragment of a ping"),
     pytest.param(frame(ARP()), None, id="ARP"),
     pytest.param(frame(IPv6(), UDP(dport=53)), None, id="IPv6"),

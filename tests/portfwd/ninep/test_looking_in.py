@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import socket
 import subprocess
@@ -203,6 +204,7 @@ async def test_a_live_capture_begins_with_the_ring(network: Network, tmp_path: P
     network.rings.feed(b"nobody reads", INBOUND, time.time_ns())
     await until(lambda: pcap.connections == 0)
     assert pcap.contained == 0
+    assert network.rings.all.readers == 0, "nobody is told any more"
 
 
 def _take(sock: socket.socket, octets: int) -> bytes:
@@ -257,6 +259,23 @@ async def test_the_tree_on_a_socket(network: Network, tmp_path: Path) -> None:
         client = await asyncio.to_thread(lambda: Client(dial(tmp_path / "i"), msize=8192))
         assert (await asyncio.to_thread(client.load, "flows")).startswith(b"TCP ")
         client.close()
+
+
+def test_what_is_kept_for_a_file_is_let_go_however_it_is_closed() -> None:
+    client = client_of(Direct(TreeFiles({"long": lambda: bytes(1 << 20)})))
+    for close in (client.clunk, client.remove):
+        for _ in range(20):
+            fid = client.walk("long")
+            client.open(fid)
+            with contextlib.suppress(Rejected):  # it may not be removed
+                close(fid)
+    fids = [client.walk("long") for _ in range(5)]
+    for fid in fids[:4]:
+        client.open(fid)
+    assert refused(client.open, fids[4]) == "Cannot allocate memory"
+    assert client.read(fids[3], (1 << 20) - 1) == b"\0", "what is open stays so"
+    client.clunk(fids[0])
+    client.open(fids[4])
 
 
 @pytest.mark.parametrize("octets", [20_000, 1_000_000])

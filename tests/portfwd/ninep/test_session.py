@@ -207,7 +207,12 @@ def test_no_answer_is_longer_than_msize(site: Site) -> None:
     talk(Topen(1, 1, 0))
     answer = talk(Tread(1, 1, 0, 1 << 31))
     assert isinstance(answer, Rread)
-    assert [stat.name for stat in parse_stats(answer.data)] == [".", "..", "README"], "what does not fit is left out"
+    assert [stat.name for stat in parse_stats(answer.data)] == [".", "..", "README"]
+    assert talk(Tread(1, 1, len(answer.data), 1 << 31)) == Rread(1, b""), "what does not fit is left out"
+    talk(Twalk(1, 0, 2, ("README",)))
+    talk(Topen(1, 2, 0))
+    answer = talk(Tread(1, 2, 0, 1 << 31))
+    assert isinstance(answer, Rread) and len(answer.data) == 512 - 11
     other = site.client()
     fid = other.walk("n" * 1000)
     assert other.stat(fid).name == "n" * 1000
