@@ -593,9 +593,11 @@ class Stack:
     def lease_table(self) -> list[LeaseRecord]:
         """Who has which address: leases that hold, and addresses fixed for a MAC."""
 
-        def link_of(address: bytes, mac: bytes) -> str | None:
+        def link_of(address: bytes, mac: bytes, port: object) -> str | None:
             neighbour = self.neighbours.get(address)
-            return neighbour.port.name if neighbour is not None and neighbour.mac == mac and neighbour.port else None
+            if neighbour is not None and neighbour.mac == mac and neighbour.port is not None:
+                port = neighbour.port
+            return port.name if isinstance(port, Port) else None
 
         return self.leases.records(self.clock(), link_of)
 

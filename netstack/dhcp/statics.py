@@ -7,7 +7,7 @@ are not taken back here.
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 from netstack.dhcp.table import Table, nobody
@@ -31,7 +31,7 @@ class LeaseRecord:
     expires_in_s: float | None
     """`None` for an address that is fixed and not leased now."""
     link: str | None
-    """The link on which the guest was heard; `None` while it was not."""
+    """The link on which the guest was heard or has its lease; `None` while that is not known."""
 
 
 class Statics(Table):
@@ -105,8 +105,9 @@ class Statics(Table):
         self.on_static()
         return True
 
-    def records(self, now: float, link_of: Callable[[bytes, bytes], str | None]) -> list[LeaseRecord]:
-        """Leases that hold at `now` and fixed addresses, by address. `link_of(address, mac)` names the link of who is there."""
+    def records(self, now: float, link_of: Callable[[bytes, bytes, Hashable | None], str | None]) -> list[LeaseRecord]:
+        """Leases that hold at `now` and fixed addresses, by address. `link_of(address, mac, port)` names the link of who is
+        there; `port` is that of the lease."""
         owners = dict(self._fixed) | {lease.address: lease.mac for lease in self.active(now)}
         found = []
         for address, mac in sorted(owners.items()):
@@ -118,7 +119,7 @@ class Statics(Table):
                     hostname="" if lease is None else lease.hostname,
                     static=mac in self._static and self._fixed_of.get(mac) == address,
                     expires_in_s=None if lease is None else lease.expires - now,
-                    link=link_of(address, mac),
+                    link=link_of(address, mac, None if lease is None else lease.port),
                 )
             )
         return found

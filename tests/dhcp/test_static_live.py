@@ -33,7 +33,7 @@ def mac(number: int) -> bytes:
 
 
 def table(lan: Any) -> dict[str, LeaseRecord]:
-    return {record.address: record for record in lan.leases.records(lan.now, lambda address, mac: None)}
+    return {record.address: record for record in lan.leases.records(lan.now, lambda address, mac, port: None)}
 
 
 # What guests see.
@@ -193,9 +193,9 @@ def test_the_table_shows_leases_and_kept_addresses(lan: Any) -> None:
     lan.guest(1, hostname=b"builder").join()
     lan.leases.add_static(mac(9), four("192.168.65.50"))
     lan.wait(100)
-    records = lan.leases.records(lan.now, lambda address, mac: "tap:netns=x" if address[-1] == 3 else None)
+    records = lan.leases.records(lan.now, lambda address, mac, port: port)
     assert [(r.address, r.mac, r.hostname, r.static, r.link) for r in records] == [
-        ("192.168.65.3", lan.guest(1).mac.hex(":"), "builder", False, "tap:netns=x"),
+        ("192.168.65.3", lan.guest(1).mac.hex(":"), "builder", False, "link 1"),
         ("192.168.65.50", "02:00:00:00:00:09", "", True, None),
     ]
     assert records[0].expires_in_s == 86400 - 100 and records[1].expires_in_s is None

@@ -319,6 +319,18 @@ def test_a_flow_that_is_reset_by_hand_is_reset_for_both_ends(place: Place) -> No
             assert other.recv(100) == b"still here"
 
 
+def test_the_lease_table_and_the_switchs_table_say_where_the_guest_is(place: Place) -> None:
+    mac = place.guest.ip("-o", "link", "show", "eth0").partition("link/ether ")[2].split()[0]
+    (lease,) = place.here.call(place.stack.lease_table)
+    assert (lease.address, lease.mac, lease.static, lease.link) == ("192.168.65.3", mac, False, place.link.name)
+    assert lease.expires_in_s is not None and 86300 < lease.expires_in_s <= 86400
+    assert place.here.call(place.stack.cam)[mac] == place.port.number
+    place.here.call(
+        lambda: place.stack.leases.add_static(bytes.fromhex(mac.replace(":", "")), bytes((192, 168, 65, 99)))
+    )
+    assert place.guest.udhcpc() == "192.168.65.99"
+
+
 def test_a_link_that_goes_away_under_a_reader(place: Place) -> None:
     reader = place.open()
     place.guest.ip("link", "delete", "eth0")
