@@ -1,25 +1,33 @@
-"""A whole network with gvproxy's API on a Unix socket, and a played gvforwarder."""
+"""A whole network with gvproxy's API on a Unix socket and for guests at port 80 of the gateway, and a played gvforwarder.
+
+`python -m tests.portfwd.gvproxy_world DIRECTORY LINK` is that network as a process.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import socket
 import struct
-import threading
+import sys
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import netstack  # noqa: F401  # first: it makes our `dns` importable beside dnspython's
+from dns.server import Server
 from dns.zones import Zones
 from netstack.api import Endpoint
 from netstack.link import stdio
 from netstack.link.attach import Attachments
+from netstack.link.spec import LinkSpec
 from netstack.settings import Network
 from netstack.stack import Stack
 from portfwd.carriers import Carriers
 from portfwd.gvproxy_api import HIJACKED, Suppliers, routes
 from portfwd.gvproxy_forwards import Forwards
+from portfwd.gvproxy_guest import GuestDoor
 from portfwd.registry import Registry
 from pyvpnkit.driver import Driver
 from tests.roof.guest import GATEWAY, LIMIT_S, StreamGuest
@@ -80,7 +88,6 @@ class World:
     registry: Registry
     zones: Zones
     guests: list[StreamGuest] = field(default_factory=list)
-    threads: list[threading.Thread] = field(default_factory=list)
 
     async def gvforwarder(self, mac: bytes = b"\x5a\x94\xef\xe4\x0c\xee", **more: str) -> GvForwarder:
         """One with a lease."""
@@ -91,15 +98,23 @@ class World:
 
 
 @contextlib.asynccontextmanager
-async def world(directory: Path) -> AsyncIterator[World]:
+async def world(directory: Path, *links: str) -> AsyncIterator[World]:
     network = Network()
     stack = Stack(network)
     driver = Driver(stack, asyncio.get_running_loop())
     stack.on_work = driver.wake
     registry = Registry(carriers=Carriers(lambda: socket.inet_aton("192.168.65.3")))
-    attachments = Attachments(mtu=network.mtu, attach=stack.attach, detach=stack.detach, counters=stack.counters)
+    attachments = Attachments(
+        [LinkSpec.parse(link) for link in links],
+        mtu=network.mtu,
+        attach=stack.attach,
+        detach=stack.detach,
+        counters=stack.counters,
+    )
     stack.on_detached = attachments.detached
     zones = Zones()
+    dns = Server(zones=zones, hosts_path=None, resolv_conf=None)
+    stack.serve_datagrams(network.gateway_bytes, 53, dns.datagram)
 
     def state(guest: Endpoint, source: Endpoint) -> str | None:
         ends = str(guest), str(source)
@@ -122,15 +137,33 @@ async def world(directory: Path) -> AsyncIterator[World]:
         attach=attach,
     )
     made = World(directory / "api.sock", stack, attachments, registry, zones)
-    async with attachments, serving(made.path, routes(Forwards(registry), suppliers), HIJACKED):
+    forwards = Forwards(registry)
+    guests = GuestDoor(forwards)
+    stack.serve_sockets(network.gateway_bytes, 80, guests.serve)
+    async with attachments, serving(made.path, routes(forwards, suppliers), HIJACKED):
+        await guests.start()
         driver.start()
         registry.start(stack, asyncio.get_running_loop())
         try:
             yield made
         finally:
             registry.close()
+            await guests.close()
+            dns.close()
             for guest in made.guests:
                 guest.close()
             driver.close()
             stack.close()
     assert stack.counters.contained == 0
+
+
+async def main(directory: str, *links: str) -> None:
+    end = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, end.set)
+    async with world(Path(directory), *links):
+        print("ready", flush=True)
+        await end.wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(*sys.argv[1:]))
