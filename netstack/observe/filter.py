@@ -46,6 +46,7 @@ _ACCEPTED: Final = (
 )
 _TOKEN: Final = re.compile(r"\s*(\(|\)|!|&&|\|\||[^\s()!&|]+|\S)")
 _MAC: Final = re.compile(r"[0-9A-Fa-f]{1,2}([:.-][0-9A-Fa-f]{1,2}){5}")
+_RANGE: Final = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")
 _ADDRESSES: Final = Struct("!II").unpack_from
 _SHORT: Final = Struct("!H").unpack_from
 _PORTS: Final = Struct("!HH").unpack_from
@@ -287,13 +288,10 @@ class _Parser:
         return bytes(int(part, 16) for part in re.split("[:.-]", self._take()))
 
     def _ports(self, kind: str) -> tuple[int, int]:
-        low, dash, high = self.token.partition("-")
-        try:
-            first = int(low)
-            last = int(high) if dash else first
-        except ValueError:
-            first = last = -1
-        if (dash and kind == "port") or not 0 <= first <= 65535 or not 0 <= last <= 65535:
+        match = _RANGE.fullmatch(self.token)
+        first = int(match[1]) if match else 65536
+        last = int(match[2]) if match and match[2] else first
+        if max(first, last) > 65535 or (match and match[2] and kind == "port"):
             self._fail("a port, 0 to 65535" if kind == "port" else "ports such as 8000-8010")
         self._take()
         return min(first, last), max(first, last)

@@ -275,7 +275,9 @@ def test_what_is_cut_off_matches_nothing(number: int, data: st.DataObject) -> No
         pytest.param("src and host 1.1.1.1", "'and'; expected an address", id="half of src and dst"),
         pytest.param("tcp & udp", "'&'; expected 'and', 'or' or the end", id="one ampersand"),
         pytest.param("tcp\x00", "expected host", id="a NUL"),
-        pytest.param("port \N{ARABIC-INDIC DIGIT FIVE}x", "expected a port", id="odd digits"),
+        pytest.param("port \N{ARABIC-INDIC DIGIT FIVE}", "expected a port", id="odd digits"),
+        pytest.param("port 8_0", "expected a port", id="digits as Python has them"),
+        pytest.param("port -5", "expected a port", id="a negative port"),
         pytest.param("(" * 100_000, f"{MAX_TEXT} are accepted", id="long"),
         pytest.param("(" * 500 + "tcp" + ")" * 500, f"at most {MAX_DEPTH} parentheses", id="deep"),
         pytest.param("not " * 500 + "tcp", f"at most {MAX_DEPTH} parentheses", id="many negations"),
@@ -287,6 +289,18 @@ def test_mistakes_are_pointed_at(text: str, words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         compile_filter(text)
     assert words in str(caught.value)
+
+
+@given(
+    text=st.text(max_size=200)
+    | st.lists(st.sampled_from((*WORDS, *VALUES, "dns", "&&", "!", "\0", "é")), max_size=60).map(" ".join)
+)
+@settings(max_examples=500, deadline=None)
+def test_any_text_is_a_filter_or_a_mistake(text: str) -> None:
+    try:
+        assert compile_filter(text)(CORPUS[0]) in (True, False)
+    except ConfigError:
+        pass
 
 
 def test_a_chain_may_be_longer_than_calls_may_nest() -> None:
