@@ -243,8 +243,6 @@ class Data:
                     return
                 continue  # that one gave up (accept(2))
             sock.setblocking(False)
-            if sock.family in (socket.AF_INET, socket.AF_INET6):
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.serve(sock, role=Role.LISTENER, generation=generation)
 
     def _rest(self, listener: socket.socket, generation: int | None, why: str) -> None:

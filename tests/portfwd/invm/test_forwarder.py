@@ -207,6 +207,23 @@ def test_a_udp_server_that_comes_later_is_reached(host: Host) -> None:
     flow.close()
 
 
+@pytest.mark.parametrize(
+    "nonsense",
+    [bytes(10), b"\xff" * 65535, struct.pack("<HH", 40, 5) + bytes(36), struct.pack("<HHHHH", 12, 0, 0, 0, 9) + b"xx"],
+    ids=["no length", "no end", "a long address", "lengths that disagree"],
+)
+def test_a_broken_record_ends_that_channel_alone(host: Host, nonsense: bytes) -> None:
+    with udp_echo() as port:
+        target = destination("udp", "127.0.0.1", port)
+        good, bad = host.open(target), host.open(target)
+        bad.send(nonsense)
+        assert bad.refused()
+        bad.close()
+        good.send(record(b"x"))
+        assert good.read(len(record(b"x"))) == record(b"x")
+        good.close()
+
+
 def test_two_thousand_flows_leave_nothing(forwarder: Tool, data: Path) -> None:
     server = listener()
     with served(server, servers.echo), udp_echo() as port:

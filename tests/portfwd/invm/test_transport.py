@@ -7,6 +7,8 @@ import socket
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis.strategies import text
 
 from netstack.errors import ConfigError, HostError
 from portfwd.invm.flags import Flag, parse
@@ -33,6 +35,16 @@ def test_an_address_is_read_as_the_go_tools_do(text: str, address: Address, writ
     assert Address.parse(text) == address
     assert str(address) == written
     assert Address.parse(str(address)) == address
+
+
+@given(text() | text(alphabet="0123456789/:[]tcpfdunix.", max_size=20))
+def test_any_text_is_an_address_that_can_be_written_or_a_complaint(text: str) -> None:
+    try:
+        address = Address.parse(text)
+    except ConfigError as error:
+        assert str(error)
+    else:
+        assert Address.parse(str(address)) == address
 
 
 @pytest.mark.parametrize(
