@@ -1,21 +1,26 @@
 """The tree of ports mounted by Linux: what its 9P client makes of what a shell does, and what our server makes of that.
 
-The server is a task of this process; the guest reaches it as it would any server on the host's loopback. The cloud kernel of the
-other tests has no 9P, so this is Debian's ordinary one.
+The server is a task of this process, in the last test the daemon; the guest reaches it as it would any server on the host's
+loopback. The cloud kernel of the other tests has no 9P, so this is Debian's ordinary one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import itertools
 import re
 import socket
+import tarfile
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import dpkt
 import pytest
 
+from portfwd.ninep.client import Client
 from portfwd.ninep.introspect import TreeFiles
 from portfwd.ninep.listen import port_server, tree_server
 from portfwd.ninep.ports import README
@@ -26,7 +31,8 @@ from tests.portfwd.ninep.site import Site as Ports
 from tests.qemu.site import Site, site
 from tests.support import machine
 from tests.support.machine import Machine
-from tests.support.netns import HOST, inside, require, wait_until
+from tests.support.netns import HOST, inside, require, wait_until, world
+from tests.support.webhost import read_all
 
 pytestmark = [pytest.mark.qemu, pytest.mark.netns]
 
@@ -266,3 +272,50 @@ def test_the_tree_for_looking_in(place: Site, server: Server, version: str) -> N
         assert "Operation not permitted" in guest.run("rm /look/flows", check=False)
     finally:
         guest.run("umount /look")
+
+
+def test_a_guest_publishes_its_web_server_with_the_daemon(parts: Parts, tmp_path: Path) -> None:
+    """By the tree of `--port` alone; meanwhile the host looks in."""
+    require("curl")
+    with world(tmp_path) as place, place.host.listen() as listener:
+        link, number = place.socket_path(), listener.fileno()
+        looking = {flag: place.socket_path(flag) for flag in ("introspection", "diagnostics", "pcap")}
+        options = [word for flag, path in looking.items() for word in (f"--{flag}", path)]
+        daemon = place.daemon("--link", f"qemu:{link}", "--port", f"fd:{number}", *options, pass_fds=[number])
+        guest = Machine(place.namespace("qemu"), parts, qemu.stream(link))
+        place.defer(guest.kill)
+        guest.run("mkdir -p /www && echo hello >/www/index.html && httpd -h /www -p 80")
+        by_tcp("9p2000")(guest, listener.getsockname()[1], "/port")
+        guest.run("mkdir /port/web")
+        pid = hold(guest, f"exec 3<>/port/web/ctl; echo -n {REQUEST} >&3")
+        found = re.fullmatch(r"OK tcp:127\.0\.0\.1:(\d+):tcp:192\.168\.65\.3:80", guest.run("cat /port/web/ctl"))
+        assert found is not None
+        fetch = ("curl", "-sS", f"http://127.0.0.1:{found[1]}/")
+        assert place.host.run(*fetch).stdout == "hello\n"
+
+        with Client(_dial(looking["introspection"])) as client:
+            assert re.search(
+                rf"^TCP 192\.168\.65\.3:\d+ > {HOST}:\d+ socket = open", client.load("flows").decode(), re.M
+            )
+            assert b"192.168.65.3" in client.load("ports")
+        with _dial(looking["diagnostics"]) as sock, tarfile.open(fileobj=io.BytesIO(read_all(sock))) as tar:
+            assert "capture/all.pcap" in tar.getnames() and "flows" in tar.getnames()
+        with _dial(looking["pcap"]) as sock:
+            captured = sock.makefile("rb")
+            assert any(b"GET / HTTP" in frame for _, frame in dpkt.pcap.Reader(captured)), "in the ring or live"
+            captured.close()
+
+        guest.run(f"kill -9 {pid}")
+        guest.run("until [ ! -e /port/web ]; do usleep 10000; done")
+        assert place.host.run(*fetch, check=False).returncode == 7, "curl: could not connect"
+        guest.run("umount /port")
+        guest.kill()
+        assert daemon.stop() == 0, daemon.said()
+        assert "Traceback" not in daemon.said(), daemon.said()
+
+
+def _dial(path: str) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(MOUNT_S)
+    sock.connect(path)
+    return sock
