@@ -5,8 +5,10 @@
     accept(sock)                     --+
 
 Who may come in: on the Unix socket the daemon's own user, root, and `allowed_uids`; on TCP whoever has the token, and without a
-token whoever can reach the loopback interface. A listener beyond loopback without a token does not start. Guests have no way
-here: the listeners are the host's, and the network denies guests the host's own addresses (threats G27).
+token whoever can reach the loopback interface. A listener beyond loopback without a token does not start.
+
+Guests do not come in (threats G27). They reach the host's loopback by the host alias, so where there is no token each TCP
+connection is compared with those that the network itself has made for its guests.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from typing import Any, Final
 from aiohttp import web
 
 from netstack.errors import ConfigError
+from netstack.flow.records import local_end, remote_end
 from netstack.link.listening import UnixSocket, peer_uid
 from pyvpnkit.api.guard import Guard
 from pyvpnkit.api.http import IDLE_S, MAX_BODY, MAX_CONNECTIONS, HttpServer, Peer
@@ -71,10 +74,11 @@ class ControlServer:
         max_connections: int = MAX_CONNECTIONS,
         idle_s: float = IDLE_S,
     ) -> None:
+        self._world = world
         self._path = path
         self._listen = [parse_listen(text) for text in listen]
         _check_token(token, self._listen)
-        self._open_to_host = bool(self._listen) and token is None
+        self._token = token is not None
         self._allowed = frozenset(allowed_uids)
         self._hub = EventHub(world.events, world.stack.clock)
         self.streams = Streams(self._hub, world.stack.live)
@@ -136,7 +140,7 @@ class ControlServer:
             for listener in self._listeners:
                 listener.start(self.http.loop)
             self._undo = undo.pop_all()
-        if self._open_to_host:
+        if self._listen and not self._token:
             doors = ", ".join(name for name in self.addresses if name != self._path)
             log.warning("control: every user of this host can use %s; set control.token", doors)
         return self
@@ -170,18 +174,29 @@ class ControlServer:
 
     def _peer(self, sock: socket.socket) -> Peer | None:
         if sock.family != socket.AF_UNIX:
-            address, port = sock.getpeername()[:2]
-            return Peer("tcp", f"[{address}]:{port}" if ":" in address else f"{address}:{port}")
-        uid = peer_uid(sock)
-        if uid is not None and (uid in (os.geteuid(), 0) or uid in self._allowed):
-            return Peer("unix", f"uid {uid}{_process(sock)}")
+            who = remote_end(sock)
+            if self._token or not self._of_a_guest(sock):
+                return Peer("tcp", who)
+            who = f"a guest, by way of {who}"
+        else:
+            uid = peer_uid(sock)
+            who = "an unknown user" if uid is None else f"uid {uid}{_process(sock)}"
+            if uid is not None and (uid in (os.geteuid(), 0) or uid in self._allowed):
+                return Peer("unix", who)
         self.http.counters.strangers += 1
         now = self.http.loop.time()
         if now - self._told_at >= TELL_S:
             self._told_at = now
-            who = "an unknown user" if uid is None else f"uid {uid}{_process(sock)}"
             log.warning("control: %s may not come in (%d so far)", who, self.http.counters.strangers)
         return None
+
+    def _of_a_guest(self, sock: socket.socket) -> bool:
+        """Whether the other end is a socket of a flow of ours."""
+        peer, port = remote_end(sock), struct.pack("!H", sock.getsockname()[1])
+        # Few flows go to that port, and only those are asked for their names: a guest may have thousands of others.
+        return any(
+            key[-2:] == port and local_end(flow.sock) == peer for key, flow in self._world.stack.tcp.flows.items()
+        )
 
 
 class _Listener:

@@ -115,7 +115,9 @@ class Api:
         return Answer(self._status())
 
     def _status(self) -> dict[str, Any]:
-        found = {key: value for key, value in self._world.status().items() if key not in ("flows", "published")}
+        found = {
+            key: value for key, value in self._world.status().items() if key not in ("flows", "published", "control")
+        }
         return {
             "pid": os.getpid(),
             "version": self._version,

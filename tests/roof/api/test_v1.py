@@ -6,13 +6,14 @@ import asyncio
 import os
 import socket
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from portfwd.owners import Owner
 from portfwd.spec import PublishSpec
-from tests.roof.api.conftest import Control, until
+from tests.roof.api.conftest import Control, control_server, until
 from tests.roof.guest import HOST, Connection, StreamGuest
 
 
@@ -209,6 +210,25 @@ async def test_a_flow_shows_both_ends_on_both_sides_and_can_be_reset(control: Co
     reply = await control.ask("DELETE", f"/v1/flows/{flow['id']}")
     assert (reply.status, "GET /v1/flows" in reply.message) == (404, True)
     assert (await control.ask("GET", "/v1/flows?protocol=tcp")).json == {"flows": [], "total": 0}
+
+
+# The control API itself.
+
+
+async def test_a_guest_does_not_reach_the_control_api_by_the_host_alias(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with control_server(tmp_path, listen=["tcp:127.0.0.1:0"]) as control:
+        address = control.server.addresses[1]
+        guest = await asyncio.to_thread(StreamGuest, control.link)
+        await asyncio.to_thread(guest.lease)
+        # It gets as far as to the host's loopback, as to any other port there.
+        connection = await connected(guest, int(address.rpartition(":")[2]))
+        assert await asyncio.to_thread(connection.ended_by) in ("RST", "FIN")
+        assert control.server.http.counters.strangers == 1
+        assert "a guest, by way of 127.0.0.1:" in caplog.text
+        assert (await control.ask("GET", "/v1/status", address=address)).status == 200
+        guest.close()
 
 
 # Metrics.
