@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
+import json
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -28,6 +30,8 @@ from pyvpnkit.api.world import World
 
 DEFAULT_FLOWS: Final = 1000
 MAX_FLOWS: Final = 100_000
+FLOWS_AT_ONCE: Final = 200
+"""Flows written in one go: some milliseconds, for which the network waits."""
 
 
 def _ref(name: str) -> Schema:
@@ -340,7 +344,7 @@ class Api:
             ),
         ]
 
-    async def list_flows(self, call: Call) -> Answer:
+    async def list_flows(self, call: Call) -> Answer | web.StreamResponse:
         guest, protocol = call.query.get("guest"), call.query.get("protocol")
         found = [
             one
@@ -349,7 +353,17 @@ class Api:
             and (guest is None or one.guest == guest or one.guest.rpartition(":")[0] == guest)
         ]
         shown = found[: call.query.get("limit", DEFAULT_FLOWS)]
-        return Answer({"flows": [shapes.flow(one) for one in shown], "total": len(found)})
+        if len(shown) <= FLOWS_AT_ONCE:
+            return Answer({"flows": [shapes.flow(one) for one in shown], "total": len(found)})
+        response = web.StreamResponse(headers={"Content-Type": "application/json"})
+        await response.prepare(call.request)
+        await response.write(b'{"total": %d, "flows": [' % len(found))
+        for first in range(0, len(shown), FLOWS_AT_ONCE):
+            part = json.dumps([shapes.flow(one) for one in shown[first : first + FLOWS_AT_ONCE]])[1:-1]
+            await response.write((part if not first else f", {part}").encode())
+            await asyncio.sleep(0)  # the network has its turn
+        await response.write(b"]}\n")
+        return response
 
     async def reset_flow(self, call: Call) -> Answer:
         name = call.path["id"]

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from netstack.flow.records import FlowRecord
 from portfwd.owners import Owner
 from portfwd.spec import PublishSpec
+from pyvpnkit.api import shapes
 from tests.roof.api.conftest import Control, control_server, until
 from tests.roof.guest import HOST, Connection, StreamGuest
 
@@ -210,6 +212,21 @@ async def test_a_flow_shows_both_ends_on_both_sides_and_can_be_reset(control: Co
     reply = await control.ask("DELETE", f"/v1/flows/{flow['id']}")
     assert (reply.status, "GET /v1/flows" in reply.message) == (404, True)
     assert (await control.ask("GET", "/v1/flows?protocol=tcp")).json == {"flows": [], "total": 0}
+
+
+async def test_a_long_list_of_flows_is_whole(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(number: int) -> FlowRecord:
+        names = {name: f"{name}{number}" for name in ("id", "guest", "remote", "host_local", "host_remote", "state")}
+        numbers = {"remotes": 1, "octets_outbound": number, "octets_inbound": 0, "age_s": 1.5, "idle_s": None}
+        return FlowRecord(protocol="tcp", direction="inbound", **names, **numbers)  # type: ignore[arg-type]
+
+    records = [made(number) for number in range(1000)]
+    monkeypatch.setattr(control.service.stack, "flow_table", lambda: records, raising=True)
+    for limit, count in ((0, 0), (200, 200), (201, 201), (999, 999), (100_000, 1000)):
+        found = (await control.ask("GET", f"/v1/flows?limit={limit}")).json
+        assert found["total"] == 1000
+        assert [flow["octets_outbound"] for flow in found["flows"]] == list(range(count))
+        assert all(set(flow) == set(shapes.FLOW["properties"]) for flow in found["flows"])
 
 
 # The control API itself.
