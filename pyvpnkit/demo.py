@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -29,8 +30,9 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from netstack.errors import HostError, NetstackError
 from netstack.link.spec import LinkSpec
 from netstack.settings import Network
+from portfwd.mux.where import Where
 from portfwd.spec import PublishSpec
-from pyvpnkit.config import CaptureSettings, Settings
+from pyvpnkit.config import CaptureSettings, Settings, VpnkitSettings
 from pyvpnkit.demo_worker import MAX_MESSAGE, work
 from pyvpnkit.dhcp_client import Lease
 from pyvpnkit.guest import Guest, need_linux
@@ -49,6 +51,8 @@ REFRESH_S: Final = 0.25
 GUEST_PORT: Final = 8000
 SNAPLEN: Final = 128
 CAPTURE_LIMIT: Final = 128 << 20
+DATA_SOCKET: Final = "data.sock"
+PORT_SOCKET: Final = "port.sock"
 LINKS: Final = {"tap": "TAP with offloads", "packet": "veth and packet socket with offloads"}
 
 
@@ -127,7 +131,8 @@ def main(parsed: argparse.Namespace) -> int:
         return demo_vm.main()
     need_linux()
     capture = capture_file()
-    settings = settings_for(capture)
+    sockets = tempfile.TemporaryDirectory(prefix="pyvpnkit-demo-")
+    settings = with_ports(settings_for(capture), sockets.name)
     worker = Worker()
     try:
         with HostWorker() as host:
@@ -142,6 +147,16 @@ def main(parsed: argparse.Namespace) -> int:
         raise
     finally:
         worker.close()
+        sockets.cleanup()
+
+
+def with_ports(settings: Settings, directory: str) -> Settings:
+    """`settings` with VPNKit's way for programs in the guest to publish ports; its sockets are in `directory`."""
+    return dataclasses.replace(
+        settings,
+        forwarder=str(Where.parse(f"unix:{directory}/{DATA_SOCKET}")),
+        vpnkit=VpnkitSettings(port=(f"{directory}/{PORT_SOCKET}",)),
+    )
 
 
 def capture_file() -> str:
@@ -280,7 +295,7 @@ class Steps:
     async def _show_published(self) -> str:
         text = "Hello from the guest"
         await self._worker("serve", text=text, address="0.0.0.0", port=GUEST_PORT)
-        (forward,) = self._service.registry
+        forward = next(iter(self._service.registry))
         page, ms = await self._host("fetch", host=forward.spec.bind, port=forward.spec.port)
         if page != text:
             raise Failed(f"{forward.spec} has {page!r} instead of {text!r}")
@@ -364,6 +379,7 @@ class Tour(Steps):
         self.begin()
         await self.step("guest", self._show_guest)
         if await self.step("lease", self._show_lease):
+            await self.step("exposed", self._show_exposed)
             await self.all_else()
 
     async def _show_guest(self) -> str:
@@ -378,6 +394,30 @@ class Tour(Steps):
         return (
             f"{lease.interface} router {lease.router} DNS {', '.join(lease.dns)} MTU {lease.mtu}"
             f" domain {lease.domain}, for {lease.lease_s // 3600} h, in {(time.monotonic() - began) * 1000:.0f} ms"
+        )
+
+    async def _show_exposed(self) -> str:
+        """A program in the guest publishes a port that only the guest reaches, and takes it back by ending."""
+        port_socket = self._service.settings.vpnkit.port[0]
+        data_socket = os.path.join(os.path.dirname(port_socket), DATA_SOCKET)
+        text = "Hello from the guest's own 127.0.0.1"
+        inner = await self._worker("serve", text=text, address="127.0.0.1", port=0)
+        await self._worker("start", words=["forwarder", "-data-listen", data_socket], until=data_socket)
+        words = ["-proto", "tcp", "-host-ip", "127.0.0.1", "-host-port", "0"]
+        words += ["-container-ip", "127.0.0.1", "-container-port", str(inner), "-control", f"9p:{port_socket}"]
+        before = set(self._service.registry)
+        pid = await self._worker("start", words=["expose-port", *words])
+        (forward,) = set(self._service.registry) - before
+        page, ms = await self._host("fetch", host=forward.spec.bind, port=forward.spec.port)
+        if page != text:
+            raise Failed(f"{forward.spec} has {page!r} instead of {text!r}")
+        await self._worker("end", pid=pid)
+        while forward in set(self._service.registry):  # noqa: ASYNC110  # the step has a limit of its own
+            await asyncio.sleep(0.01)
+        place = f"http://{forward.spec.bind}:{forward.spec.port}/"
+        return (
+            f"`pyvpnkit expose-port` in the guest published its 127.0.0.1:{inner} here; the host fetched {place} in "
+            f"{ms:.1f} ms: {page!r}; when the program ended, so did the port"
         )
 
 

@@ -13,6 +13,8 @@ import os
 import select
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from typing import Any, Final
@@ -40,6 +42,7 @@ def work(channel: socket.socket) -> int:
         except Exception as error:  # told to whoever asked
             answer = {"error": f"{type(error).__name__}: {error}"}
         channel.send(json.dumps(answer).encode())
+    commands.close()
     return 0
 
 
@@ -47,6 +50,13 @@ class _Commands:
     def __init__(self) -> None:
         self._threads: list[threading.Thread] = []
         self._transferred: tuple[int, float] | None = None
+        self._children: list[subprocess.Popen[bytes]] = []
+
+    def close(self) -> None:
+        """End every program that was started."""
+        for child in self._children:
+            child.kill()
+            child.wait()
 
     def resolve(self, name: str) -> list[str]:
         """Addresses as any program here gets them."""
@@ -96,6 +106,39 @@ class _Commands:
         server = http.server.ThreadingHTTPServer((address, port), Page)
         self._start(server.serve_forever)
         return int(server.server_address[1])
+
+    def start(self, words: list[str], until: str = "") -> int:
+        """Start a command of pyvpnkit in here; returns its process id when it is at work.
+
+        That is when the socket `until` is there, or else when it said so on descriptor 3, as to dockerd.
+        """
+        ours, theirs = os.pipe()
+        with open(ours, "rb") as told:
+            # Descriptor 3 is what a program tells its parent on (spec vpnkit 7.5), and the only one it inherits.
+            place = (
+                f"import os, sys; os.dup2({theirs}, 3); os.closerange(4, {theirs} + 1); "
+                "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+            )
+            command = [sys.executable, "-c", place, "-m", "pyvpnkit", *words]
+            child = subprocess.Popen(command, pass_fds=(theirs,), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            os.close(theirs)
+            self._children.append(child)
+            if not until:
+                said = told.readline() + told.read() if select.select([told], [], [], LIMIT_S)[0] else b"nothing"
+                if said != b"0\n":
+                    raise RuntimeError(f"{words[0]} said {said.decode(errors='replace')!r}")
+        began = time.monotonic()
+        while until and not os.path.exists(until):
+            if child.poll() is not None or time.monotonic() > began + LIMIT_S:
+                raise RuntimeError(f"{words[0]} does not work; status {child.poll()}")
+            time.sleep(0.01)
+        return child.pid
+
+    def end(self, pid: int) -> int:
+        """End what `start` started, as no program can prevent; its exit status."""
+        child = next(child for child in self._children if child.pid == pid)
+        child.kill()
+        return child.wait(LIMIT_S)
 
     def fetch(self, host: str, port: int) -> tuple[str, float]:
         """The page of a web server, and how many milliseconds it took from the connection on."""
