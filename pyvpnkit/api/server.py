@@ -22,6 +22,7 @@ import os
 import socket
 import struct
 import sys
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Final
 
@@ -56,7 +57,8 @@ _SCARCE: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENO
 
 class ControlServer:
     """See the module. `path` is the Unix socket, `listen` are TCP listeners as `tcp:IP:PORT`, `mounts` add further routes,
-    of which `hijacked` are paths that may take their connection over (`portfwd.hijack`).
+    of which `hijacked` are paths that may take their connection over (`portfwd.hijack`). `began` is when the network started
+    (`time.monotonic`), for a server that is made later.
 
     Raises `ConfigError` at construction for what makes no sense, and from `bind` for what cannot be had.
     """
@@ -71,6 +73,7 @@ class ControlServer:
         allowed_uids: Collection[int] = (),
         mounts: Iterable[Mount] = (),
         hijacked: Collection[str] = (),
+        began: float | None = None,
         max_connections: int = MAX_CONNECTIONS,
         idle_s: float = IDLE_S,
     ) -> None:
@@ -82,7 +85,7 @@ class ControlServer:
         self._allowed = frozenset(allowed_uids)
         self._hub = EventHub(world.events, world.stack.clock)
         self.streams = Streams(self._hub, world.stack.live)
-        self.api = Api(world, self.streams, self.counts)
+        self.api = Api(world, self.streams, self.counts, time.monotonic() if began is None else began)
         self._guard = Guard(_own, token=token)
         app = web.Application(client_max_size=MAX_BODY, middlewares=[self._guard.middleware], logger=log)
         app.add_routes(self.api.routes())

@@ -47,13 +47,13 @@ def version() -> str:
 
 
 class Api:
-    """All operations on one network. `counts` are the numbers of the server itself."""
+    """All operations on one network, which began at `began`. `counts` are the numbers of the server itself."""
 
-    def __init__(self, world: World, streams: Streams, counts: Callable[[], Mapping[str, int]]) -> None:
+    def __init__(self, world: World, streams: Streams, counts: Callable[[], Mapping[str, int]], began: float) -> None:
         self._world = world
         self._streams = streams
         self._counts = counts
-        self._began = time.monotonic()
+        self._began = began
         self._version = version()
         self.operations: tuple[Operation, ...] = (*self._general(), *self._forwards(), *self._leases(), *self._flows())
         """In the order of the document."""

@@ -96,7 +96,7 @@ def document(running: Running) -> dict[str, Any]:
 
 def operations() -> list[tuple[str, str]]:
     """Method and path of all there are, without a network."""
-    return [(one.method, one.path) for one in v1.Api(*[_Nothing()] * 3).operations]  # type: ignore[arg-type]
+    return [(one.method, one.path) for one in v1.Api(*[_Nothing()] * 3, 0.0).operations]  # type: ignore[arg-type]
 
 
 class _Nothing:
