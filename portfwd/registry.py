@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -73,6 +74,8 @@ class Registry:
         self.carriers = carriers if carriers is not None else Carriers(find_guest or (lambda: bytes(4)))
         self.allowed = frozenset(allowed)
         """Host addresses that forwards may be bound on; what the settings themselves publish is not asked."""
+        self.socket_directories: frozenset[str] | None = None
+        """Where programs in the VM may have Unix sockets made, with all below; `None` is anywhere."""
         self.changed: Callable[[], None] = lambda: None
         """Called after each change."""
         self._inherit = inherit
@@ -135,6 +138,13 @@ class Registry:
                 raise NotAllowed(
                     spec,
                     f"{spec.bind} is not among allowed_bind_addresses ({', '.join(sorted(self.allowed)) or 'none'})",
+                )
+        if spec.protocol == "unix" and owner.is_in_vm and self.socket_directories is not None:
+            directory = os.path.realpath(os.path.dirname(spec.path))
+            if not any(os.path.commonpath((directory, one)) == one for one in self.socket_directories):
+                places = ", ".join(sorted(self.socket_directories)) or "none"
+                raise NotAllowed(
+                    spec, f"programs in the VM may have sockets made in allowed_socket_directories only ({places})"
                 )
         if len(self) + spec.count > self._max:
             raise TooMany(f"publish: {spec} would exceed {self._max} published ports; remove some first")

@@ -108,6 +108,8 @@ class Settings:
     allowed_bind_addresses: tuple[str, ...] = ("0.0.0.0", "::")
     """Host addresses that may be published on by the control API and by programs in the VM; 0.0.0.0 and :: stand for all of
     their family. What the settings publish is not asked."""
+    allowed_socket_directories: tuple[str, ...] = ()
+    """Directories in which programs in the VM may have Unix sockets published; with none, those of the `vpnkit.port` sockets."""
     forwarder: str | None = None
     """How VPNKit's forwarder in the VM is reached, for what only the VM reaches (containers, its loopback, paths in it):
     `hyperkit:/PATH/connect`, `connect:/PATH`, `unix:/PATH`, `listen:/PATH` or `fd:N`, with options such as
@@ -232,6 +234,15 @@ OPTIONS: Final[tuple[Option, ...]] = (
     _option("publish", "-p --publish", "SPEC", PublishSpec.parse, "8080:80", many=True, reload=True, split=spec.split),
     _option(
         "allowed_bind_addresses", "--allowed-bind-addresses", "IP", values.address, "127.0.0.1", many=True, reload=True
+    ),
+    _option(
+        "allowed_socket_directories",
+        "--allowed-socket-directories",
+        "DIR",
+        values.directory,
+        "/run/vm",
+        many=True,
+        reload=True,
     ),
     _option(
         "forwarder",

@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import ipaddress
 import logging
+import os
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -92,6 +93,7 @@ class Service:
             events=self.events,
             clock=clock,
         )
+        self.registry.socket_directories = _socket_directories(settings)
         self._clock = clock
         self.state_directory: Path | None = None
         """Where leases, forwards made by hand and control.sock are; set it before entering."""
@@ -352,6 +354,7 @@ class Service:
             failed.add("publish")
         moved = {"publish"} if before != [forward.asked for forward in self.registry.of(SETTINGS)] else set()
         self.registry.allowed = frozenset(new.allowed_bind_addresses)
+        self.registry.socket_directories = _socket_directories(new)
         if self.state is not None:
             self.state.forwards.retry(self.registry)
         wanted = config.with_values(self.settings, new, [option for option in changed if option.reload])
@@ -389,6 +392,12 @@ class Service:
             "dns": self._dns.counters,
             "ntp": self._ntp.counters,
         }
+
+
+def _socket_directories(settings: Settings) -> frozenset[str]:
+    """Where programs in the VM may have sockets made."""
+    ports = (os.path.dirname(path) or "." for path in settings.vpnkit.port if not path.startswith("fd:"))
+    return frozenset(map(os.path.realpath, settings.allowed_socket_directories or ports))
 
 
 def _plane(settings: Settings) -> Any:

@@ -122,6 +122,12 @@ def forwarder(text: str) -> str:
     return str(Where.parse(text))
 
 
+def directory(text: str) -> str:
+    if not text.startswith("/"):
+        raise ConfigError(f"{text!r} is not an absolute path; write it as in /run/vm")
+    return text
+
+
 def gateway_forward(protocol: str) -> Parse:
     def parse(text: str) -> str:
         from portfwd.outgoing import parse_static  # where it is used: few have any

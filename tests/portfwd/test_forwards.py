@@ -288,6 +288,29 @@ async def test_addresses_that_are_not_allowed_are_refused_to_all_but_the_setting
         everywhere.close()
 
 
+async def test_programs_in_the_vm_may_have_sockets_made_only_where_that_is_allowed(
+    registry: Registry, tmp_path: Path
+) -> None:
+    inside, outside = tmp_path / "in", tmp_path / "out"
+    inside.mkdir()
+    outside.mkdir()
+    (inside / "link").symlink_to(outside)
+    registry.socket_directories = frozenset([str(inside)])
+
+    def unix(path: Path) -> PublishSpec:
+        return PublishSpec(protocol="unix", path=str(path), guest_port=1)
+
+    for owner in (Owner("9p", "port0#1"), Owner("vpnkit", "/run/port.sock"), Owner("guest", "192.168.65.3")):
+        for path in (outside / "s", inside / ".." / "out" / "s", inside / "link" / "s", tmp_path / "inner" / "s"):
+            with pytest.raises(NotAllowed, match="allowed_socket_directories"):
+                registry.add(unix(path), owner)
+        registry.remove(registry.add(unix(inside / "s"), owner))
+        registry.remove(registry.add(unix(inside / "below" / "s"), owner))
+    for number, owner in enumerate((SETTINGS, HAND, VPNKIT, GVPROXY)):
+        registry.add(unix(outside / str(number)), owner)
+    assert not (tmp_path / "inner").exists(), "what is refused leaves nothing behind"
+
+
 async def test_one_port_too_many_is_refused_and_nothing_is_bound_by_halves() -> None:
     registry = Registry(lambda: GUEST, max_forwards=3)
     try:

@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="expected: not Linux"),
 ]
 
-STEPS = ["guest", "lease", "names", "ping", "page", "published", "upload", "download", "counters", "capture"]
+STEPS = ["guest", "lease", "exposed", "names", "ping", "page", "published", "upload", "download", "counters", "capture"]
 
 
 @pytest.fixture
@@ -49,6 +49,7 @@ def test_every_step_works_without_a_terminal(user: str, directory: Path) -> None
     assert lines["lease"].startswith("192.168.65.3/24 ")
     assert "host.internal is 192.168.65.2" in lines["names"]
     assert "Hello from the host" in lines["page"] and "Hello from the guest" in lines["published"]
+    assert "expose-port" in lines["exposed"] and "so did the port" in lines["exposed"]
     for direction in ("upload", "download"):
         assert float(lines[direction].split()[0]) > 0.1, "Gbit/s"
     assert done.stdout.count("\ntcp  192.168.65.3:") >= 2, "the flow, while it carries each direction"
