@@ -85,28 +85,6 @@ class Doorway:
         return Door(self._server(), self._paths)
 
 
-class _Reins:
-    """A transport as aiohttp has it: while the door is there, whether it reads is the door's business alone.
-
-    aiohttp reads on when a body ends, and would take what follows the head.
-    """
-
-    def __init__(self, transport: asyncio.Transport) -> None:
-        self._transport = transport
-        self.held = True
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-    def pause_reading(self) -> None:
-        if not self.held:
-            self._transport.pause_reading()
-
-    def resume_reading(self) -> None:
-        if not self.held:
-            self._transport.resume_reading()
-
-
 class Door(asyncio.BufferedProtocol):
     """See the module."""
 
@@ -114,7 +92,6 @@ class Door(asyncio.BufferedProtocol):
         self.inner = cast(asyncio.Protocol, inner)
         self._paths = paths
         self._transport: asyncio.Transport | None = None
-        self._reins: _Reins | None = None
         self._sock: socket.socket | None = None
         """The same connection under a number of our own, to look at it and to hand it over."""
         self._held = b""
@@ -127,8 +104,7 @@ class Door(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        self._reins = _Reins(self._transport)
-        self.inner.connection_made(cast(asyncio.BaseTransport, self._reins))
+        self.inner.connection_made(transport)
         if self._transport.is_closing():
             return
         try:
@@ -201,11 +177,8 @@ class Door(asyncio.BufferedProtocol):
     def _let_through(self) -> None:
         """An ordinary connection from now on; this object is forgotten."""
         self._forget()
-        assert self._transport is not None and self._reins is not None
-        self._transport.pause_reading()  # a loop chooses its way of reading when it begins to
+        assert self._transport is not None
         self._transport.set_protocol(self.inner)
-        self._reins.held = False
-        self._transport.resume_reading()
         held, self._held = self._held, b""
         self.inner.data_received(held)
 

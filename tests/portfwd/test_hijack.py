@@ -14,7 +14,7 @@ import uvloop
 from aiohttp import web
 
 import portfwd.hijack
-from portfwd.hijack import MAX_HEAD, NotTaken, Taken, hijack
+from portfwd.hijack import MAX_HEAD, Door, NotTaken, Taken, hijack
 from tests.roof.guest import BROADCAST, GATEWAY, GATEWAY_MAC
 from tests.support import packets
 
@@ -110,7 +110,10 @@ def test_what_a_client_says_early_is_kept(factory: Callable[[], Any], tmp_path: 
         runner.run(_speaks_early(tmp_path))
 
 
-async def _ordinary(directory: Path) -> None:
+async def _ordinary(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[int] = []
+    updated = Door.buffer_updated
+    monkeypatch.setattr(Door, "buffer_updated", lambda door, octets: reads.append(octets) or updated(door, octets))
     async with serving(directory / "s", Taker().routes(), frozenset({"/take"})):
         answer = await call(directory / "s", "POST", "/hello", b"you")
         assert answer.body == b"hello you"
@@ -122,16 +125,21 @@ async def _ordinary(directory: Path) -> None:
             await asyncio.sleep(0)
         writer.write(request("POST", "/hello", b"2") + request("POST", "/hello", b"3"))
         assert [(await read_answer(reader)).body for _ in range(3)] == [b"hello 1", b"hello 2", b"hello 3"]
+        assert reads
+        reads.clear()
         writer.write(request("POST", "/hello", b"4") + request("POST", "/hello", b"5"))
         assert [(await read_answer(reader)).body for _ in range(2)] == [b"hello 4", b"hello 5"]
+        assert not reads  # the door is out of the way
         writer.close()
         await writer.wait_closed()
 
 
 @LOOPS
-def test_other_paths_are_served_as_ever(factory: Callable[[], Any], tmp_path: Path) -> None:
+def test_other_paths_are_served_as_ever(
+    factory: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with asyncio.Runner(loop_factory=factory) as runner:
-        runner.run(_ordinary(tmp_path))
+        runner.run(_ordinary(tmp_path, monkeypatch))
 
 
 @pytest.mark.parametrize("target", ["/take?x=1", "http://unix/take", "/take#x"])
@@ -167,7 +175,8 @@ async def test_who_cannot_have_the_connection_is_told(taker: Taker, tmp_path: Pa
         writer.write(request("POST", "/hello", b"x"))
         await read_answer(reader)
         writer.write(second)
-    answer = await read_answer(reader)
+    async with asyncio.timeout(LIMIT_S):
+        answer = await read_answer(reader)
     assert answer.status == 400 and b"first request of a connection" in answer.body
     assert not taker.taken
     writer.close()
