@@ -23,6 +23,7 @@ from portfwd.mux.where import Where
 from portfwd.registry import Registry
 from tests.portfwd.invm.played import LIMIT_S, Tool
 from tests.portfwd.invm.test_doors import http_door, ninep_door, until
+from tests.portfwd.invm.test_local_bind import free_port
 
 pytestmark = pytest.mark.netns
 
@@ -161,10 +162,11 @@ async def test_datagrams_reach_the_container_and_come_back(
 async def test_programs_in_the_vm_reach_the_container_at_the_hosts_port(
     start: Start, vm: list[str], registry: Registry, door: str
 ) -> None:
-    tool = start("expose_port", *flags("tcp", 18080), "-control", door, parent=True, within=vm)
+    port = free_port()  # of the host; in the VM it is as free
+    tool = start("expose_port", *flags("tcp", port), "-control", door, parent=True, within=vm)
     assert await asyncio.to_thread(tool.heard) == b"0\n"
     code = (
-        "import socket; s = socket.create_connection(('127.0.0.1', 18080), 60); s.sendall(b'me'); "
+        f"import socket; s = socket.create_connection(('127.0.0.1', {port}), 60); s.sendall(b'me'); "
         "s.shutdown(socket.SHUT_WR); print(s.recv(100), s.recv(100))"
     )
     run = subprocess.run
