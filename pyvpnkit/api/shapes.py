@@ -41,6 +41,11 @@ FORWARD: Final[Schema] = record(
     },
     description="A published port or socket.",
 )
+FAILED: Final[Schema] = record(
+    {"spec": text(description="The text form."), "message": text(description="What stands in its way.")},
+    description="Published by hand before a restart, and not to be had since; tried again when it is published once more, "
+    "and at a reload.",
+)
 NEW_FORWARD: Final[Schema] = {
     "anyOf": [
         record(
@@ -127,6 +132,7 @@ STATUS: Final[Schema] = {
 
 SCHEMAS: Final[Mapping[str, Schema]] = {
     "Forward": FORWARD,
+    "FailedForward": FAILED,
     "NewForward": NEW_FORWARD,
     "Flow": FLOW,
     "Lease": LEASE,

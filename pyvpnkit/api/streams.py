@@ -111,6 +111,8 @@ class Streams:
         if len(self._hub) >= MAX_FEEDS:
             raise ApiError(429, f"{MAX_FEEDS} readers of events are there already; end one and try again")
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
+        if request.method == "HEAD":
+            return response
         async with self._outlet(request) as outlet:
             feed = self._hub.open(types, outlet.wake, last_id)
             outlet.wake()  # for what is replayed
@@ -147,8 +149,13 @@ class Streams:
 
     async def _capture(self, request: web.Request, wanted: Filter | None, snaplen: int) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": PCAPNG, "Cache-Control": "no-store"})
+        if request.method == "HEAD":
+            return response
         async with self._outlet(request) as outlet:
-            reader = self._live.open(wanted, snaplen=snaplen, limit=self.capture_octets, on_data=outlet.wake)
+            try:
+                reader = self._live.open(wanted, snaplen=snaplen, limit=self.capture_octets, on_data=outlet.wake)
+            except ConfigError as error:  # others read it too, by other doors
+                raise ApiError(429, str(error)) from None
             told = 0
             told_at = asyncio.get_running_loop().time()
             try:

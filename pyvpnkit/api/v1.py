@@ -158,7 +158,12 @@ class Api:
                 path="/v1/forwards",
                 summary="Everything that is published, whoever did it.",
                 handler=self.list_forwards,
-                replies={200: Reply("All forwards.", record({"forwards": array(forward)}))},
+                replies={
+                    200: Reply(
+                        "All forwards, and those of before a restart that could not be had again.",
+                        record({"forwards": array(forward), "failed": array(_ref("FailedForward"))}),
+                    )
+                },
             ),
             Operation(
                 method="POST",
@@ -177,10 +182,13 @@ class Api:
             Operation(
                 method="DELETE",
                 path="/v1/forwards",
-                summary="Remove the forward with this text form. Connections that came through it go on.",
+                summary="Remove the forward with this text form, or give a failed one up. Connections that came through it go on.",
                 handler=self.remove_spec,
                 query={"spec": {**spec, "x-required": True}},
-                replies={200: Reply("Removed.", forward), 404: gone},
+                replies={
+                    200: Reply("Removed, or given up.", {"anyOf": [forward, _ref("FailedForward")]}),
+                    404: gone,
+                },
             ),
             Operation(
                 method="GET",
@@ -201,7 +209,20 @@ class Api:
         ]
 
     async def list_forwards(self, call: Call) -> Answer:
-        return Answer({"forwards": [shapes.forward(one) for one in self._world.registry]})
+        failed = [{"spec": str(spec), "message": why} for spec, why in self._failed().items()]
+        return Answer({"forwards": [shapes.forward(one) for one in self._world.registry], "failed": failed})
+
+    def _failed(self) -> Mapping[PublishSpec, str]:
+        state = self._world.state
+        return {} if state is None else state.forwards.failed
+
+    def _forget(self, spec: PublishSpec) -> bool:
+        """Give up a failed one; whether there was one."""
+        state = self._world.state
+        if state is None or not state.forwards.forget(spec):
+            return False
+        self._world.registry.changed()
+        return True
 
     async def add_forward(self, call: Call) -> Answer:
         spec = shapes.spec_of(call.body)
@@ -211,6 +232,7 @@ class Api:
             if spec in (error.forward.asked, error.forward.spec):
                 return Answer(shapes.forward(error.forward), 200, f"{error.forward} was there")
             raise ApiError(409, str(error), holder=shapes.forward(error.forward)) from None
+        self._forget(spec)
         return Answer(shapes.forward(made), 201, f"published {made}")
 
     def _forward(self, number: int) -> Forward:
@@ -230,6 +252,9 @@ class Api:
         try:
             found = self._world.registry.find(spec)
         except ConfigError as error:
+            why = self._failed().get(spec)
+            if why is not None and self._forget(spec):
+                return Answer({"spec": str(spec), "message": why}, audit=f"given up {spec}")
             raise ApiError(404, f"{error}; GET /v1/forwards lists what is") from None
         return self._remove(found)
 

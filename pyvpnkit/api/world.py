@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from netstack.observe.events import EventBus
 from netstack.stack import Stack
 from portfwd.registry import Registry
+from pyvpnkit.state import State
 
 
 class World(Protocol):
@@ -19,6 +20,11 @@ class World(Protocol):
     def registry(self) -> Registry: ...
     @property
     def events(self) -> EventBus: ...
+
+    @property
+    def state(self) -> State | None:
+        """What outlives the daemon; `None` where nothing does."""
+        ...
 
     def status(self) -> Mapping[str, Any]:
         """Plain values."""

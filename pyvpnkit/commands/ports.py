@@ -14,14 +14,17 @@ from pyvpnkit.commands.table import clean, print_json, print_table
 
 def ports(parsed: argparse.Namespace) -> int:
     """List what is published."""
-    forwards = Client(control_path(parsed.control)).get("/v1/forwards")["forwards"]
+    found = Client(control_path(parsed.control)).get("/v1/forwards")
+    forwards, failed = found["forwards"], found["failed"]
     if parsed.json:
         print_json(forwards)
     elif forwards:
         rows = [(one["id"], one["spec"], one["owner"], one["accepted"]) for one in forwards]
         print_table(("ID", "SPEC", "OWNER", "CLIENTS"), rows)
-    else:
+    elif not failed:
         print("nothing is published; `pyvpnkit expose 8080:80` leads port 8080 here to port 80 of the guest")
+    for one in failed:
+        print(f"pyvpnkit: since the restart not published: {clean(one['message'])}", file=sys.stderr)
     return 0
 
 
@@ -38,8 +41,9 @@ def unexpose(parsed: argparse.Namespace) -> int:
     client = Client(control_path(parsed.control))
     wanted = parsed.specs
     if parsed.all:
-        forwards = client.get("/v1/forwards")["forwards"]
-        wanted = [str(one["id"]) for one in forwards if one["owner"] == "hand"]
+        found = client.get("/v1/forwards")
+        wanted = [str(one["id"]) for one in found["forwards"] if one["owner"] == "hand"]
+        wanted += [one["spec"] for one in found["failed"]]
 
     def remove(word: str) -> Any:
         # A number alone is no spec, so it is an id.

@@ -140,9 +140,11 @@ async def control_server(directory: Path, **options: Any) -> AsyncIterator[Contr
     link, path = directory / "net.sock", directory / "control.sock"
     faults: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _loop, context: faults.append(context))
-    settings = loader.load(None, {"links": [f"qemu:{link}"], "dns.hosts_file": ["off"]})
+    settings = loader.load(None, {"links": [f"qemu:{link}"], "dns.hosts_file": ["off"], "control.socket": ["off"]})
     options.setdefault("path", str(path))
-    async with Service(settings) as service:
+    network = Service(settings)
+    network.state_directory = options.pop("state_directory", None)
+    async with network as service:
         made = None
         try:
             async with ControlServer(service, **options) as server:

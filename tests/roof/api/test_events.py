@@ -177,3 +177,13 @@ async def test_readers_are_bounded(control: Control, monkeypatch: pytest.MonkeyP
     kept[0].close()
     await until(lambda: control.server.counts()["open_event_streams"] == 1)
     await listen(control)
+
+
+@pytest.mark.parametrize("target", ["/v1/events", "/v1/capture"])
+async def test_the_head_alone_of_a_stream_has_an_end(control: Control, target: str) -> None:
+    client = await control.connect()
+    for _ in range(2):
+        await client.send(request("HEAD", target))
+        assert (await client.head()).status == 200
+    await client.send(request("GET", "/v1/forwards"))
+    assert (await client.reply()).json["forwards"] == []

@@ -44,7 +44,7 @@ async def test_a_published_port_is_listed_found_and_removed(control: Control) ->
     assert forward["asked"] == "tcp:127.0.0.1:0:80"
     assert forward["spec"] == f"tcp:127.0.0.1:{forward['port']}:80"
     assert (forward["owner"], forward["accepted"], forward["guest"]) == ("hand", 0, None)
-    assert (await control.ask("GET", "/v1/forwards")).json == {"forwards": [forward]}
+    assert (await control.ask("GET", "/v1/forwards")).json == {"forwards": [forward], "failed": []}
     assert (await control.ask("GET", f"/v1/forwards/{forward['id']}")).json == forward
     with socket.create_connection(("127.0.0.1", forward["port"])):
         await until(lambda: next(iter(control.service.registry)).accepted == 1)
@@ -52,7 +52,7 @@ async def test_a_published_port_is_listed_found_and_removed(control: Control) ->
     removed = await control.ask("DELETE", f"/v1/forwards/{forward['id']}")
     assert (removed.status, removed.json["id"]) == (200, forward["id"])
     assert (await control.ask("DELETE", f"/v1/forwards/{forward['id']}")).status == 404
-    assert (await control.ask("GET", "/v1/forwards")).json == {"forwards": []}
+    assert (await control.ask("GET", "/v1/forwards")).json == {"forwards": [], "failed": []}
     with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", forward["port"])):
         pass
 
@@ -131,6 +131,43 @@ async def test_a_forward_is_removed_by_its_text_asked_or_real(control: Control) 
     reply = await control.ask("DELETE", "/v1/forwards?spec=1:1")
     assert (reply.status, "GET /v1/forwards" in reply.message) == (404, True)
     assert (await control.ask("DELETE", "/v1/forwards?spec=bad")).status == 400
+
+
+async def test_what_could_not_be_published_again_is_listed_tried_and_given_up(tmp_path: Path) -> None:
+    """Threats L8: somebody took the port while the daemon was away."""
+    taken, other = free_port(), free_port()
+    for spec in (f"{taken}:80", f"{other}:81"):
+        async with control_server(tmp_path, state_directory=tmp_path) as control:
+            assert (await control.ask("POST", "/v1/forwards", {"spec": spec})).status == 201
+    with socket.create_server(("127.0.0.1", taken)), socket.create_server(("127.0.0.1", other)):
+        async with control_server(tmp_path, state_directory=tmp_path) as control:
+            found = (await control.ask("GET", "/v1/forwards")).json
+            assert found["forwards"] == []
+            assert [one["spec"] for one in found["failed"]] == [
+                f"tcp:127.0.0.1:{taken}:80",
+                f"tcp:127.0.0.1:{other}:81",
+            ]
+            assert all(f"pid {os.getpid()}" in one["message"] for one in found["failed"])
+            assert (await control.ask("DELETE", f"/v1/forwards?spec={other}:81")).json == found["failed"][1]
+            assert (await control.ask("DELETE", f"/v1/forwards?spec={other}:81")).status == 404
+            assert (await control.ask("POST", "/v1/forwards", {"spec": f"{taken}:80"})).status == 409
+            assert len((await control.ask("GET", "/v1/forwards")).json["failed"]) == 1
+    async with control_server(tmp_path, state_directory=tmp_path) as control:
+        found = (await control.ask("GET", "/v1/forwards")).json
+        assert ([one["port"] for one in found["forwards"]], found["failed"]) == ([taken], [])
+
+
+async def test_a_failed_forward_that_is_published_after_all_is_no_failure_any_more(tmp_path: Path) -> None:
+    port = free_port()
+    async with control_server(tmp_path, state_directory=tmp_path) as control:
+        await control.ask("POST", "/v1/forwards", {"spec": f"{port}:80"})
+    with socket.create_server(("127.0.0.1", port)):
+        control_of = control_server(tmp_path, state_directory=tmp_path)
+        control = await control_of.__aenter__()
+    assert (await control.ask("POST", "/v1/forwards", {"spec": f"{port}:80"})).status == 201
+    found = (await control.ask("GET", "/v1/forwards")).json
+    assert (len(found["forwards"]), found["failed"]) == (1, [])
+    await control_of.__aexit__(None, None, None)
 
 
 # Leases.

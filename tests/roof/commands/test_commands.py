@@ -18,7 +18,7 @@ import pytest
 from netstack.observe.events import Contained
 from portfwd.owners import Owner
 from portfwd.spec import PublishSpec
-from tests.roof.api.conftest import Control, until
+from tests.roof.api.conftest import Control, control_server, until
 from tests.roof.commands.conftest import end, pyvpnkit, start
 from tests.roof.guest import HOST, StreamGuest
 
@@ -70,6 +70,19 @@ async def test_unexpose_all_leaves_what_others_made(control: Control) -> None:
     for argv in (["unexpose"], ["unexpose", "--all", "1"]):
         done = await pyvpnkit(control, *argv)
         assert (done.status, "--all" in done.err) == (2, True)
+
+
+async def test_ports_of_before_a_restart_that_are_taken_are_named_and_given_up(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        spec = f"tcp:127.0.0.1:{taken.getsockname()[1]}:80"
+        document = {"format": "pyvpnkit forwards 1", "forwards": [spec]}
+        await asyncio.to_thread((tmp_path / "forwards.json").write_text, json.dumps(document))
+        async with control_server(tmp_path, state_directory=tmp_path) as control:
+            done = await pyvpnkit(control, "ports")
+            assert (done.out, spec in done.err, f"pid {os.getpid()}" in done.err) == ("", True, True)
+            done = await pyvpnkit(control, "unexpose", "--all")
+            assert (done.status, done.out) == (0, f"{spec}\n")
+            assert "nothing is published" in (await pyvpnkit(control, "ports")).out
 
 
 # Status and flows.
@@ -131,8 +144,6 @@ async def test_events_are_lines_until_ctrl_c(control: Control) -> None:
 
 
 async def test_events_for_programs_and_the_end_of_the_daemon(tmp_path: Path) -> None:
-    from tests.roof.api.conftest import control_server
-
     async with control_server(tmp_path) as control:
         process = await start(control.path, "events", "--json")
         await until(lambda: control.server.counts()["open_event_streams"] == 1)
