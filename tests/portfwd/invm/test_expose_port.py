@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from portfwd.invm.settings import PLACES, control_setting
 from tests.portfwd.invm.played import PlayedHost, Tool, until
 
 Start = Callable[..., Tool]
@@ -163,6 +164,19 @@ def test_the_host_is_found_by_the_configuration_file(
     tool = start("expose_port", *DOCKER, "-no-local-ip", parent=True)
     assert tool.heard() == b"0\n"
     assert tool.end()[0] == 0
+
+
+def test_the_first_place_and_the_first_ending_count(tmp_path: Path) -> None:
+    for place in ("etc", "here"):
+        (tmp_path / place).mkdir()
+        for ending in ("yaml", "json"):
+            (tmp_path / place / f"vpnkit-expose-port.{ending}").write_text(f'{{"control": "{place}.{ending}"}}')
+    places = [str(tmp_path / "missing"), str(tmp_path / "etc"), str(tmp_path / "here")]
+    assert control_setting(places) == "etc.json"
+    (tmp_path / "etc/vpnkit-expose-port.json").write_text('{"control": 4098}')
+    assert control_setting(places) == "4098", "a number can only be a vsock's"
+    assert control_setting([str(tmp_path / "missing")]) == ""
+    assert PLACES == ("/etc", ".")
 
 
 @pytest.mark.parametrize(
