@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import random
+import socket
 from collections.abc import AsyncIterator, Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,3 +170,18 @@ async def until(true: Callable[[], bool]) -> None:
     async with asyncio.timeout(LIMIT_S):
         while not true():  # noqa: ASYNC110  # what is waited for is in the kernel
             await asyncio.sleep(0.002)
+
+
+def free_port(count: int = 1) -> int:
+    """The first of so many consecutive ports that nobody has, below those that kernels hand out by themselves."""
+    rng = random.SystemRandom()
+    while True:
+        first = rng.randrange(15000, 32000)
+        with contextlib.ExitStack() as bound:
+            try:
+                for port in range(first, first + count):
+                    for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+                        bound.enter_context(socket.socket(socket.AF_INET, kind)).bind(("0.0.0.0", port))
+            except OSError:
+                continue
+            return first

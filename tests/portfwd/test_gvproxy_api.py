@@ -22,7 +22,7 @@ from portfwd.spec import PublishSpec
 from tests.support import packets
 
 from .gvproxy_world import GvForwarder, World, world
-from .http import LIMIT_S, Answer, House, call, house, request, serving, until
+from .http import LIMIT_S, Answer, House, call, free_port, house, request, serving, until
 
 PLAIN = "text/plain; charset=utf-8"
 
@@ -82,12 +82,6 @@ def failed(answer: Answer, status: int, words: str) -> None:
     assert (answer.headers["content-type"], answer.headers["x-content-type-options"]) == (PLAIN, "nosniff")
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
-
-
 async def test_nothing_is_exposed_at_first(api: Api) -> None:
     answer = await api("GET", "/services/forwarder/all")
     assert (answer.status, answer.body, answer.headers["content-type"]) == (200, b"[]\n", PLAIN)
@@ -112,7 +106,8 @@ async def test_expose_list_use_unexpose(api: Api) -> None:
 
 
 async def test_the_list_is_sorted_by_local_and_then_protocol(api: Api) -> None:
-    first, second = sorted(map(str, (free_port(), free_port() + 1)))
+    first = free_port(2)
+    second = first + 1
     for local, protocol in ((second, "tcp"), (first, "udp"), (first, "tcp")):
         done(await api.expose(f"127.0.0.1:{local}", "192.168.65.3:80", protocol))
     listed = [(one["local"], one["protocol"]) for one in await api.all()]
@@ -123,7 +118,7 @@ async def test_the_list_is_sorted_by_local_and_then_protocol(api: Api) -> None:
 
 
 async def test_local_is_a_name_to_the_letter(api: Api) -> None:
-    port = free_port()
+    port = free_port(2)
     done(await api.expose(f":{port}", "192.168.65.3:80"))
     assert [one["local"] for one in await api.all()] == [f":{port}"]
     assert next(iter(api.house.registry)).spec.bind == "0.0.0.0"
@@ -258,7 +253,7 @@ async def test_an_unknown_path(api: Api, target: str) -> None:
 
 
 async def test_forwards_of_others_are_seen_and_those_of_the_settings_stay(api: Api) -> None:
-    port = free_port()
+    port = free_port(3)
     registry = api.house.registry
     registry.add(PublishSpec.parse(f"127.0.0.1:{port}:192.168.65.3:80"))
     registry.add(PublishSpec.parse(f"udp:[::1]:{port}:81"), HAND)

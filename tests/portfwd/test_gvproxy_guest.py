@@ -17,7 +17,7 @@ from portfwd.gvproxy_guest import MAX_BODY, GuestDoor
 from portfwd.owners import GVPROXY, Owner
 from portfwd.spec import PublishSpec
 
-from .http import LIMIT_S, Answer, House, house, read_answer, request, until
+from .http import LIMIT_S, Answer, House, free_port, house, read_answer, request, until
 
 ONE, TWO = Endpoint.of("192.168.65.3", 40000), Endpoint.of("192.168.65.4", 40000)
 
@@ -73,12 +73,6 @@ async def gateway() -> AsyncIterator[Gateway]:
             writer.close()
         await until(lambda: door.connections == 0)
         await asyncio.sleep(0)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
 
 
 async def test_a_guest_exposes_itself_and_takes_it_back(gateway: Gateway) -> None:

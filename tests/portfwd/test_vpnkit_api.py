@@ -20,7 +20,7 @@ from portfwd.owners import HAND, SETTINGS, VPNKIT, Owner
 from portfwd.spec import PublishSpec
 from portfwd.vpnkit_api import MAX_BODY, MAX_DUMPS, routes
 
-from .http import JSON, Answer, House, call, house, read_answer, request, serving, until
+from .http import JSON, Answer, House, call, free_port, house, read_answer, request, serving, until
 
 FULL = {"proto": "tcp", "out_ip": "127.0.0.1", "out_port": 0, "in_ip": "172.17.0.2", "in_port": 80}
 
@@ -362,10 +362,7 @@ async def test_a_door_of_its_own_knows_only_what_came_through_it(api: Api, tmp_p
 
 
 async def test_a_range_is_listed_by_its_ports_and_stays_whole(api: Api) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        first = probe.getsockname()[1]
-    if first > 65000:
-        first -= 2000
+    first = free_port(2)
     api.house.registry.add(PublishSpec.parse(f"127.0.0.2:{first}-{first + 1}:80-81"), HAND)
     ports = await api.ports()
     assert [(port["out_port"] - first, port["in_port"]) for port in ports] == [(0, 80), (1, 81)]
