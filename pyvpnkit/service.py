@@ -141,6 +141,7 @@ class Service:
                 self.state = State(
                     self.state_directory, self.stack.leases, self.registry, clock=self._clock, loop=self._loop
                 )
+                self.stack.leases.on_static = self.state.leases_changed
                 undo.push_async_callback(self.state.close)
             undo.callback(self._cancel_timers)
             self._driver = Driver(self.stack, self._loop, clock=self._clock)

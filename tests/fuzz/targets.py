@@ -21,6 +21,8 @@ from netstack.tcp.receiver import Receiver
 from netstack.wire import arp, dhcp, ethernet, icmp, ipv4, tcp, udp
 from tests.fuzz.bend import spoil
 from tests.fuzz.names import z9_names
+from tests.fuzz.ninep import z13_ninep
+from tests.fuzz.ports import z15_ports
 from tests.fuzz.services import z10_services
 from tests.fuzz.shared_rings import z6_rings, z7_messages
 from tests.fuzz.streams import z8_streams
@@ -479,4 +481,6 @@ TARGETS: dict[str, Callable[[random.Random], None]] = {
     "z9_names": z9_names,
     "z10_services": z10_services,
     "z12_texts": z12_texts,
+    "z13_ninep": z13_ninep,
+    "z15_ports": z15_ports,
 }

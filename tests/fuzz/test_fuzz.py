@@ -20,11 +20,13 @@ CASES = {
     "z9_names": 3000,
     "z10_services": 400,
     "z12_texts": 600,
+    "z13_ninep": 300,
+    "z15_ports": 2500,
 }
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_g13_z1_z2_z4_z5_z6_z7_z8_z9_z10_z12_fuzz_targets_hold(target: str) -> None:
+def test_g13_z1_z2_z4_z5_z6_z7_z8_z9_z10_z12_z13_z14_z15_fuzz_targets_hold(target: str) -> None:
     for seed in range(CASES[target]):
         try:
             TARGETS[target](random.Random(seed))
