@@ -34,6 +34,35 @@ def _text(rng: random.Random) -> str:
     return spoil(rng, made.encode()).decode("utf-8", "replace") if rng.random() < 0.3 else made
 
 
+def _spec_text(rng: random.Random) -> str:
+    """A spec as somebody may write it, now and then with a mistake."""
+    ends = [
+        rng.choice(["", "tcp:", "udp:", "unix:", "TCP:"]),
+        rng.choice(["", "", "0.0.0.0:", "[::1]:", "/tmp/x:", "/a%3Ab:"]),
+        rng.choice(["", "0:", "8080:", "8000-8003:", "65535:"]),
+        rng.choice(["", "", "192.168.65.3:", "172.17.0.2:", "[fd00::2]:"]),
+        rng.choice(["80", "53", "80-83", "/run/x", "65536"]),
+    ]
+    options = rng.sample(
+        ["via=forwarder", "via=stack", "source=client", "proxy=v1", "proxy=v2", "annotation=a%2Cb", "x=y"],
+        rng.randrange(3),
+    )
+    made = ",".join(["".join(ends), *options])
+    return spoil(rng, made.encode()).decode("utf-8", "replace") if rng.random() < 0.2 else made
+
+
+def _port(rng: random.Random) -> dict[str, Any]:
+    """What a program of VPNKit's sends, now and then with a mistake."""
+    proto = rng.choice(["tcp", "udp", "unix", "TCP"])
+    made: dict[str, Any] = {"proto": proto, "annotation": rng.choice(["", "k8s", "a:b,c"])}
+    if proto == "unix":
+        made |= {"out_path": rng.choice(["/tmp/a", "/a:b", ""]), "in_path": rng.choice(["/run/x", "/%"])}
+    else:
+        made |= {"out_ip": rng.choice(["127.0.0.1", "0.0.0.0", "::1", ""]), "out_port": rng.choice([0, 80, 65535])}
+        made |= {"in_ip": rng.choice(["192.168.65.3", "172.17.0.2"]), "in_port": rng.choice([0, 80, 443])}
+    return made | (_entry(rng) if rng.random() < 0.3 else {})
+
+
 def _value(rng: random.Random, depth: int = 0) -> Any:
     kind = rng.randrange(9 if depth < 3 else 6)
     if kind == 0:
@@ -64,10 +93,12 @@ def _complains(text: object, run: Callable[[], Any], *kinds: type[Exception]) ->
 
 def _texts(rng: random.Random) -> None:
     text = _text(rng)
-    for piece in (text, *split(text)):
+    for piece in (text, *split(text), _spec_text(rng)):
         spec = _complains(piece, lambda piece=piece: PublishSpec.parse(piece), ConfigError)  # type: ignore[misc]
         if spec is not None:
             assert PublishSpec.parse(str(spec)) == spec, piece
+    if rng.random() < 0.5:
+        text = f"{rng.choice(['hyperkit', 'connect', 'unix', 'listen', 'fd'])}:{text}"
     where = _complains(text, lambda: Where.parse(text), ConfigError)
     if where is not None:
         assert Where.parse(str(where)) == where, text
@@ -90,7 +121,7 @@ def _documents(rng: random.Random) -> None:
     _complains(octets, lambda: outgoing.gateway_forwards(found), ConfigError)
     _complains(octets, lambda: outgoing.tunnels(found), ConfigError)
     _complains(octets, lambda: check_answer(octets), NetstackError)
-    body = json.dumps(_entry(rng)).encode()
+    body = json.dumps(_port(rng)).encode()
     port = _complains(body, lambda: parse(body), BadBody)
     if port is not None:
         spec = _complains(body, lambda: wanted(port, lambda _address: "stack"), ConfigError)
