@@ -52,7 +52,7 @@ async def read(request: web.Request, limit: int) -> bytes:
 def fields(body: bytes) -> dict[str, Any]:
     """The members of a JSON object by their names in lower case; raises `BadBody`."""
     try:
-        document = json.loads(body)
+        document = json.loads(body.decode())
     except UnicodeDecodeError:
         raise BadBody("the body is not UTF-8") from None
     except RecursionError:

@@ -14,7 +14,7 @@ import uvloop
 from aiohttp import web
 
 import portfwd.hijack
-from portfwd.hijack import MAX_HEAD, Door, NotTaken, Taken, hijack
+from portfwd.hijack import MAX_HEAD, Door, Doorway, NotTaken, Taken, hijack
 from tests.roof.guest import BROADCAST, GATEWAY, GATEWAY_MAC
 from tests.support import packets
 
@@ -140,6 +140,20 @@ def test_other_paths_are_served_as_ever(
 ) -> None:
     with asyncio.Runner(loop_factory=factory) as runner:
         runner.run(_ordinary(tmp_path, monkeypatch))
+
+
+async def test_over_tcp(taker: Taker, tmp_path: Path) -> None:
+    async with serving(tmp_path / "other", taker.routes()) as runner:
+        assert runner.server is not None
+        loop = asyncio.get_running_loop()
+        listener = await loop.create_server(Doorway(runner.server, {"/take"}), "127.0.0.1", 0)
+        with socket.create_connection(listener.sockets[0].getsockname()) as client:
+            client.sendall(PLAIN.encode() + b"early")
+            await until(lambda: bool(taker.taken))
+            assert await loop.sock_recv(taker.taken[0], 100) == b"early"
+            assert taker.taken[0].getpeername() == client.getsockname()
+        listener.close()
+        await listener.wait_closed()
 
 
 @pytest.mark.parametrize("target", ["/take?x=1", "http://unix/take", "/take#x"])
@@ -411,3 +425,22 @@ async def test_a_tunnel_to_nowhere_is_an_error_of_http(net: World, query: str, w
     assert (answer.status, answer.body.decode()) == (500, words + "\n")
     assert answer.headers["content-type"] == "text/plain; charset=utf-8"
     assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+async def test_a_service_that_fails_costs_the_guest_its_connection(net: World) -> None:
+    """`Stack.serve_sockets`."""
+    given: list[socket.socket] = []
+
+    def broken(sock: socket.socket, source: Any) -> None:
+        given.append(sock)
+        assert str(source).startswith("192.168.65.3:") and not sock.getblocking()
+        raise RuntimeError("a bug")
+
+    net.stack.serve_sockets(GATEWAY, 8080, broken)
+    guest = await net.gvforwarder()
+    connection = await asyncio.to_thread(guest.connect, GATEWAY, 8080)
+    assert connection is None or await asyncio.to_thread(connection.ended_by) in ("FIN", "RST")
+    assert [sock.fileno() for sock in given] == [-1]
+    assert net.stack.counters.contained == 1
+    net.stack.counters.contained = 0
+    assert await asyncio.to_thread(guest.ping)
