@@ -30,10 +30,12 @@ class Taker:
     def __init__(self) -> None:
         self.taken: list[socket.socket] = []
         self.slow: asyncio.Event | None = None
+        self.waiting = 0
 
     def routes(self) -> list[web.RouteDef]:
         async def take(req: web.Request) -> web.StreamResponse:
             if self.slow is not None:
+                self.waiting += 1
                 await self.slow.wait()
             if "no" in req.query:
                 return web.Response(status=409, text="not now")
@@ -237,7 +239,7 @@ async def test_a_client_that_leaves_before_it_is_served_leaves_nothing(taker: Ta
     taker.slow = asyncio.Event()
     with connect(tmp_path / "s") as client:
         client.sendall(PLAIN.encode() + b"x")
-        await asyncio.sleep(0.05)
+        await until(lambda: taker.waiting == 1)
     taker.slow.set()
     await until(lambda: bool(taker.taken))
     loop = asyncio.get_running_loop()
