@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             say(f"{name} is left out: {reason}")
         kinds = [kind for kind in kinds if kind.name not in missing]
         about = machine.describe()
-        if any(case.name.startswith("tcp_") for case in cases) and about["iperf3"] is None:
+        if any(case.name.startswith(("tcp_", "pub_")) for case in cases) and about["iperf3"] is None:
             raise SetupError("iperf3 is missing (apt-get install iperf3)")
         print(machine.text(about), flush=True)
         with runner.conditions(arguments.seconds, idle_s=arguments.idle_seconds, flows=arguments.flows) as at:

@@ -11,15 +11,19 @@ import contextlib
 import json
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from benchmarks import load
 from benchmarks.build import SetupError, build
-from benchmarks.guests import Guest, PyvpnkitVm, Servers
+from benchmarks.guest import Guest
+from benchmarks.guests import PyvpnkitVm
+from benchmarks.load import Moved, Servers
 from benchmarks.namespaces import HostNamespace
 from benchmarks.processes import Cpu, end
+from benchmarks.published import WayIn
 from netstack.errors import HostError
 
 Metrics = dict[str, float]
@@ -67,6 +71,8 @@ class Case:
     needs_backend: bool = False
     needs_dhcp: bool = False
     machine: bool = False
+    published: bool = False
+    """The client is the host's, the server in the guest."""
     help: str
 
 
@@ -122,31 +128,35 @@ def frames_per_kick(counted: Mapping[str, int]) -> Metrics:
 
 
 def netload(guest: Guest, verb: str, where: str, port: int, *arguments: object, limit_s: float) -> dict[str, Any]:
-    command = guest.inside(str(build("netload")), verb, where, str(port), *map(str, arguments))
-    return client(command, limit_s)
+    return client(guest.inside(*load.netload(verb, where, port, *arguments)), limit_s)
+
+
+def transfer(command: list[str], seconds: float) -> dict[str, Any]:
+    """The report of iperf3, or of what stands in for it."""
+    for _ in range(20):
+        with contextlib.suppress(ServerBusy):  # it has not seen the end of the run before
+            return client(command, seconds + 15)
+        time.sleep(0.1)
+    raise CaseFailed("the server stayed busy")
+
+
+def rates(guest: Guest, moved: Moved, cpu: Cpu | None) -> Metrics:
+    memory = {"rss_mib": guest.rss_mib()} if guest.measured else {}
+    return {"gbit_s": moved.bits_per_second / 1e9, **cost(cpu, "cpu_s_per_gib", moved.octets / GIB), **memory}
+
+
+def round_trips(report: dict[str, Any], cpu: Cpu | None) -> Metrics:
+    if not report["operations"]:
+        raise CaseFailed("not one operation")
+    told = {name: float(report[name]) for name in ("p50_us", "p99_us", "errors")}
+    return {"per_s": report["rate"], **told, **cost(cpu, "cpu_us_per_op", report["operations"])}
 
 
 def tcp(streams: int, down: bool) -> Callable[[Guest, Conditions], Metrics]:
     def run(guest: Guest, at: Conditions) -> Metrics:
         command = guest.bulk(at.servers, streams=streams, down=down, seconds=at.seconds)
-
-        def transfer() -> dict[str, Any]:
-            for _ in range(20):
-                with contextlib.suppress(ServerBusy):  # it has not seen the end of the run before
-                    return client(command, at.seconds + 15)
-                time.sleep(0.1)
-            raise CaseFailed("the server stayed busy")
-
-        (report, cpu), kicks = with_kicks(guest, lambda: with_cpu(guest, transfer))
-        moved = guest.moved(report)
-        memory = {"rss_mib": guest.rss_mib()} if guest.measured else {}
-        return {
-            "gbit_s": moved.bits_per_second / 1e9,
-            **cost(cpu, "cpu_s_per_gib", moved.octets / GIB),
-            **memory,
-            **kicks,
-            **frames_per_kick(guest.counted(report)),
-        }
+        (report, cpu), kicks = with_kicks(guest, lambda: with_cpu(guest, lambda: transfer(command, at.seconds)))
+        return {**rates(guest, guest.moved(report), cpu), **kicks, **frames_per_kick(guest.counted(report))}
 
     return run
 
@@ -155,18 +165,40 @@ def operations(verb: str, connections: int) -> Callable[[Guest, Conditions], Met
     def run(guest: Guest, at: Conditions) -> Metrics:
         command = guest.operations(verb, at.servers, connections=connections, seconds=at.seconds)
         (report, cpu), kicks = with_kicks(guest, lambda: with_cpu(guest, lambda: client(command, at.seconds + 20)))
-        if not report["operations"]:
-            raise CaseFailed("not one operation")
-        told = {name: float(report[name]) for name in ("p50_us", "p99_us", "errors")}
-        return {
-            "per_s": report["rate"],
-            **told,
-            **cost(cpu, "cpu_us_per_op", report["operations"]),
-            **kicks,
-            **frames_per_kick(guest.counted(report)),
-        }
+        return {**round_trips(report, cpu), **kicks, **frames_per_kick(guest.counted(report))}
 
     return run
+
+
+def published_tcp(streams: int, up: bool) -> Callable[[Guest, Conditions], Metrics]:
+    """Bulk by a client on the host, to the guest or, where `up`, from it."""
+
+    def run(guest: Guest, at: Conditions) -> Metrics:
+        way = reachable_way_in(guest)
+        command = way.bulk(streams=streams, up=up, seconds=at.seconds)
+        before = way.crossed(up=up)
+        report, cpu = with_cpu(guest, lambda: transfer(command, at.seconds))
+        moved = load.moved(report)
+        if (crossed := way.crossed(up=up) - before) < moved.octets:
+            raise CaseFailed(f"only {crossed} of {moved.octets:.0f} octets crossed the guest's interface")
+        return rates(guest, moved, cpu)
+
+    return run
+
+
+def published_operations(verb: str, connections: int) -> Callable[[Guest, Conditions], Metrics]:
+    def run(guest: Guest, at: Conditions) -> Metrics:
+        command = reachable_way_in(guest).operations(verb, connections=connections, seconds=at.seconds)
+        return round_trips(*with_cpu(guest, lambda: client(command, at.seconds + 20)))
+
+    return run
+
+
+def reachable_way_in(guest: Guest, limit_s: float = 15.0) -> WayIn:
+    """The way in, with an answer of the guest's server."""
+    way = guest.way_in()
+    client(way.probe(limit_s), limit_s + 5)
+    return way
 
 
 def udp(size: int, down: bool) -> Callable[[Guest, Conditions], Metrics]:
@@ -315,6 +347,7 @@ def _cases() -> dict[str, Case]:
             text = f"UDP, {size} octets, {_words(direction)}: highest rate, and loss at 20,000 a second"
             cases.append(Case(name=f"udp_{direction}_{size}", run=udp(size, direction == "down"), help=text))
     cases += [
+        *_published(),
         Case(name="dns", run=dns, help=f"DNS queries forwarded, {DNS_WINDOW} outstanding"),
         Case(name="startup", run=startup, fresh=True, needs_backend=True, needs_dhcp=True, help="exec to DHCP offer"),
         Case(name="idle", run=idle, fresh=True, needs_backend=True, help="memory and CPU of an idle daemon"),
@@ -324,6 +357,16 @@ def _cases() -> dict[str, Case]:
         text = f"wget in a machine of QEMU's, {_words(direction)}"
         cases.append(Case(name=f"vm_{direction}", run=machine_transfer(direction == "down"), machine=True, help=text))
     return {case.name: case for case in cases}
+
+
+def _published() -> Iterator[Case]:
+    for direction in ("down", "up"):
+        for streams in (1, 4):
+            text = f"TCP bulk through a published port, {streams} stream{'s' * (streams > 1)}, {_words(direction)}"
+            name = f"pub_{streams}" if direction == "down" else f"pub_up_{streams}"
+            yield Case(name=name, run=published_tcp(streams, direction == "up"), published=True, help=text)
+    text = "connect, one octet each way, close, through a published port; 16 in parallel"
+    yield Case(name="pub_crr", run=published_operations("crr", 16), published=True, help=text)
 
 
 def _words(direction: str) -> str:

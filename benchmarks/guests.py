@@ -5,8 +5,8 @@ that the guest reaches the host's 127.0.0.1 at `server`. Nothing but DHCP is mea
 hand or by the peer's own configure option.
 
 pasta, started by root: it drops to nobody and then may not enter a namespace of root's, so `--runas 0`; the target is
-given as a path (`--netns /run/netns/NAME`), which needs no user namespace; `-t none -u none -T none -U none`, or its
-port scan runs during the measurement. The gateway's address of the host namespace is then the host's loopback.
+given as a path (`--netns /run/netns/NAME`), which needs no user namespace; `-u none -T none -U none` and named ports with
+`-t`, or its port scan runs during the measurement. The gateway's address of the host namespace is then the host's loopback.
 """
 
 from __future__ import annotations
@@ -18,180 +18,22 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from abc import abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.build import SetupError, build
-from benchmarks.namespaces import HostNamespace, Namespace
-from benchmarks.processes import Cpu, end, tree_cpu_seconds, tree_rss_mib
+from benchmarks.guest import Guest
+from benchmarks.load import Moved, Servers
+from benchmarks.namespaces import HostNamespace
+from benchmarks.published import expose_with_slirp4netns
 from netstack.errors import HostError
 from pyvpnkit import boot
 from pyvpnkit import machine as qemu
 
 ROOT = Path(__file__).resolve().parent.parent
 JUMBO = 65520
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Servers:
-    """Ports of the servers on the host."""
-
-    netload: int
-    iperf3: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Moved:
-    """What a bulk transfer amounted to."""
-
-    bits_per_second: float
-    octets: float
-    """From the first to the last; what CPU is charged to."""
-
-
-class Guest(ABC):
-    """One guest and its back-end. `start`, measure, `stop`; a stopped one is not started again."""
-
-    name: str
-    server: str
-    """Where the guest finds servers that listen on the host's loopback."""
-    resolver: str
-    """Where the guest asks for names; the answers come from the run's own server on the host."""
-    offers_dhcp = False
-    only_lasting = False
-    """Nothing but TCP over connections that stay can be run in it."""
-    is_machine = False
-    """It has cases of its own, and can run nothing else; nor can any other guest run those."""
-    interface = "eth0"
-    """Of the guest."""
-
-    def __init__(self, host: HostNamespace, directory: Path, label: str) -> None:
-        self.host = host
-        self.directory = directory
-        self.label = label
-        self.backend: subprocess.Popen[str] | None = None
-        self.log = directory / f"{label}.log"
-        self._children: list[subprocess.Popen[str]] = []
-        self.namespace: Namespace | None = None
-
-    @classmethod
-    def missing(cls) -> str | None:
-        """Why this back-end cannot be measured here, or None."""
-        return None
-
-    def start(self) -> None:
-        """Start the back-end and give the guest its network."""
-        self.make_namespace()
-        self.launch()
-        self.attach()
-
-    def make_namespace(self) -> None:
-        self.namespace = Namespace(self.label)
-
-    @property
-    def guest(self) -> Namespace:
-        if self.namespace is None:
-            raise SetupError(f"{self.label} has no namespace yet")
-        return self.namespace
-
-    def inside(self, *command: str) -> list[str]:
-        """The command line that runs `command` in the guest."""
-        return self.guest.inside(*command)
-
-    @abstractmethod
-    def launch(self, *, bare: bool = False) -> None:
-        """Exec the back-end; `bare` leaves the guest's interface unconfigured, for a DHCP client."""
-
-    @abstractmethod
-    def attach(self) -> None:
-        """Wait for the link and configure the guest."""
-
-    def dhcp_client(self, seconds: float) -> list[str]:
-        """The command line that prints when the first DHCP offer came; started before `launch`."""
-        return self.inside(str(build("netload")), "dhcp-tap", self.interface, str(seconds))
-
-    def probe(self, servers: Servers, limit_s: float) -> list[str]:
-        """The command line that ends well once the guest got an answer of the server on the host."""
-        return self.inside(str(build("netload")), "probe", self.server, str(servers.netload), str(limit_s))
-
-    def bulk(self, servers: Servers, *, streams: int, down: bool, seconds: float) -> list[str]:
-        """The command line that moves octets over TCP, from the host when `down`, and prints JSON for `moved`."""
-        # Whole seconds are all that this version of iperf3 takes.
-        options = [
-            "-t",
-            str(max(1, round(seconds))),
-            "-P",
-            str(streams),
-            "-C",
-            "cubic",
-            "-J",
-            *(["-R"] if down else []),
-        ]
-        return self.inside("iperf3", "-c", self.server, "-p", str(servers.iperf3), *options)
-
-    def moved(self, report: Mapping[str, Any]) -> Moved:
-        total = report["end"]["sum_received"]
-        return Moved(bits_per_second=total["bits_per_second"], octets=total["bytes"])
-
-    def operations(self, verb: str, servers: Servers, *, connections: int, seconds: float) -> list[str]:
-        """The command line for round trips, `verb` (of `netload.c`), that prints JSON as `netload` does."""
-        where = (self.server, str(servers.netload))
-        return self.inside(str(build("netload")), verb, *where, str(connections), str(seconds))
-
-    def counted(self, report: Mapping[str, Any]) -> Mapping[str, int]:
-        """As `counters`, of the client's run alone, where the client itself is the network card."""
-        return {}
-
-    def spawn(self, *command: str, cwd: Path | None = None) -> subprocess.Popen[str]:
-        with self.log.open("a") as log:
-            child = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, text=True, cwd=cwd
-            )
-        self._children.append(child)
-        return child
-
-    def run_backend(self, *command: str, cwd: Path | None = None) -> None:
-        self.backend = self.spawn(*self.host.inside(*command), cwd=cwd)
-
-    def wait_for(self, what: str, ready: Callable[[], object], limit_s: float = 15.0) -> None:
-        """Poll until `ready()` is true; raises `SetupError` with the end of the log."""
-        end_at = time.monotonic() + limit_s
-        while not ready():
-            if self.backend is not None and self.backend.poll() is not None:
-                raise SetupError(f"{self.label} ended with status {self.backend.returncode}:\n{self.log_tail()}")
-            if time.monotonic() > end_at:
-                raise SetupError(f"{self.label}: {what} did not come up in {limit_s:g} s:\n{self.log_tail()}")
-            time.sleep(0.01)
-
-    def log_tail(self) -> str:
-        lines = [line for line in self.log.read_text(errors="replace").splitlines() if "syslog" not in line]
-        return "\n".join(lines[-12:])
-
-    @property
-    def measured(self) -> bool:
-        """Whether there is a back-end process whose CPU and memory can be told."""
-        return self.backend is not None
-
-    def cpu_seconds(self) -> Cpu:
-        """CPU time of the back-end's processes so far; raises `ProcessLookupError` when it has ended."""
-        return tree_cpu_seconds(self.backend.pid) if self.backend else Cpu(0.0, 0.0)
-
-    def counters(self) -> dict[str, int]:
-        """What the guest's network card has counted so far, by name; empty where nothing counts."""
-        return {}
-
-    def rss_mib(self) -> float:
-        return tree_rss_mib(self.backend.pid) if self.backend else 0.0
-
-    def stop(self) -> None:
-        for child in reversed(self._children):
-            end(child)
-        if self.namespace is not None:
-            self.namespace.delete()
 
 
 class Loopback(Guest):
@@ -220,6 +62,8 @@ class Veth(Guest):
     name = "veth"
     server = "10.111.0.1"
     resolver = "10.111.0.1"
+    publishes = True
+    published_at = "10.111.0.2"
 
     def launch(self, *, bare: bool = False) -> None:
         self.host.ip("link", "add", "ve0", "type", "veth", "peer", "name", "eth0", "netns", self.guest.name)
@@ -227,7 +71,7 @@ class Veth(Guest):
     def attach(self) -> None:
         self.host.ip("address", "add", f"{self.server}/24", "dev", "ve0")
         self.host.ip("link", "set", "ve0", "up")
-        self.guest.configure("eth0", "10.111.0.2/24", self.server)
+        self.guest.configure("eth0", f"{self.published_at}/24", self.server)
 
 
 class Pasta(Guest):
@@ -237,13 +81,15 @@ class Pasta(Guest):
     server = HostNamespace.gateway
     resolver = HostNamespace.gateway
     offers_dhcp = True
+    publishes = True
 
     @classmethod
     def missing(cls) -> str | None:
         return None if shutil.which("pasta") else "pasta is not on PATH"
 
     def launch(self, *, bare: bool = False) -> None:
-        forwards = ["-t", "none", "-u", "none", "-T", "none", "-U", "none"]
+        ports = f"{self.published.netload},{self.published.iperf3}"
+        forwards = ["-t", ports, "-u", "none", "-T", "none", "-U", "none"]
         configure = [] if bare else ["--config-net"]
         self.run_backend(
             "pasta",
@@ -273,6 +119,7 @@ class Slirp4netns(Guest):
     offers_dhcp = True
     interface = "tap0"
     mtu = 1500
+    publishes = True
 
     @classmethod
     def missing(cls) -> str | None:
@@ -280,11 +127,17 @@ class Slirp4netns(Guest):
 
     def launch(self, *, bare: bool = False) -> None:
         configure = [] if bare else ["--configure"]
-        mtu = f"--mtu={self.mtu}"
-        self.run_backend("slirp4netns", *configure, mtu, "--netns-type=path", self.guest.path, self.interface)
+        options = [f"--mtu={self.mtu}", f"--api-socket={self._api}", "--netns-type=path"]
+        self.run_backend("slirp4netns", *configure, *options, self.guest.path, self.interface)
 
     def attach(self) -> None:
         self.wait_for(self.interface, lambda: "default" in self.guest.ip("route", "show"))
+        self.wait_for("the API socket", self._api.exists)
+        expose_with_slirp4netns(self._api, self.published)
+
+    @property
+    def _api(self) -> Path:
+        return self.directory / f"{self.label}.api"
 
 
 class Slirp4netnsJumbo(Slirp4netns):
@@ -384,9 +237,13 @@ class PyvpnkitTap(_Pyvpnkit, Guest):
 
     name = "pyvpnkit-tap"
     scheme = "tap"
+    publishes = True
 
     def launch(self, *, bare: bool = False) -> None:
-        self.run_backend(*self.command(f"{self.scheme}:netns={self.guest.name}"), cwd=ROOT)
+        ports = (self.published.netload, self.published.iperf3)
+        guest = self.address.partition("/")[0]
+        publish = [word for port in ports for word in ("--publish", f"0.0.0.0:{port}:{guest}:{port}")]
+        self.run_backend(*self.command(f"{self.scheme}:netns={self.guest.name}", *publish), cwd=ROOT)
 
     def attach(self) -> None:
         self.wait_for(self.interface, lambda: self.guest.has(self.interface))

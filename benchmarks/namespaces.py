@@ -7,6 +7,7 @@ network, and its resolver is ours (`ip netns exec` binds /etc/netns/NAME/resolv.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -70,6 +71,11 @@ class Namespace:
     def has(self, interface: str) -> bool:
         """Whether the interface exists."""
         return f" {interface}:" in self.ip("-o", "link", "show").replace("@", ": @")
+
+    def octets(self, interface: str) -> tuple[int, int]:
+        """Received and sent by the interface so far."""
+        [link] = json.loads(self.ip("-s", "-j", "link", "show", "dev", interface))
+        return link["stats64"]["rx"]["bytes"], link["stats64"]["tx"]["bytes"]
 
     def configure(self, interface: str, address: str, gateway: str, mtu: int | None = None) -> None:
         """Address, MTU and default route by hand, as a DHCP client would set them."""

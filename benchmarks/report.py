@@ -113,6 +113,10 @@ def _requirements() -> tuple[Requirement, ...]:
             case = f"udp_{direction}_{size}"
             need(tap, case, "kpps", at_least=0.5, reference="pasta")
             need(tap, case, "loss_at_20k_pct", at_most=0.0)
+    for case in ("pub_1", "pub_4", "pub_up_1", "pub_up_4"):
+        need(tap, case, "gbit_s", at_least=1.0, reference="pasta")
+        need(tap, case, "gbit_s", at_least=2.0, reference="slirp4netns")
+        need(tap, case, "gbit_s", at_least=1.0, reference="slirp4netns-65520")
     need(tap, "idle", "rss_mib", at_most=60.0)
     need(tap, "idle", "cpu_pct", at_most=0.2)  # "0 %": one tick of the kernel's account in five seconds
     need(tap, "startup", "offer_s", at_most=0.5)

@@ -18,7 +18,8 @@ from typing import Any
 from benchmarks import namespaces
 from benchmarks.build import PROGRAMS, SetupError, build
 from benchmarks.cases import Case, CaseFailed, Conditions, Metrics, wait_reachable
-from benchmarks.guests import Guest, Servers
+from benchmarks.guest import Guest
+from benchmarks.load import Servers
 from benchmarks.processes import end
 
 PORT = 5000
@@ -128,6 +129,7 @@ def takes_part(kind: type[Guest], case: Case) -> bool:
         or (case.needs_backend and kind.name in ("loopback", "veth"))
         or (kind.only_lasting and not case.lasting)
         or (case.needs_dhcp and not kind.offers_dhcp)
+        or (case.published and not kind.publishes)
     )
 
 

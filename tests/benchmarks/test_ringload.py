@@ -20,7 +20,9 @@ import pytest
 from benchmarks import runner
 from benchmarks.build import build
 from benchmarks.cases import CASES, Case, Conditions, Metrics, frames_per_kick
-from benchmarks.guests import GUESTS, Guest, Servers
+from benchmarks.guest import Guest
+from benchmarks.guests import GUESTS
+from benchmarks.load import Servers
 from benchmarks.processes import end
 
 ROOT = Path(__file__).resolve().parents[2]

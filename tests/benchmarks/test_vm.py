@@ -17,7 +17,9 @@ import pytest
 from benchmarks import cases, guests, report, runner
 from benchmarks.build import SetupError, build
 from benchmarks.cases import CASES, CaseFailed, Conditions, wait_reachable
-from benchmarks.guests import BY_DEFAULT, GUESTS, PyvpnkitVm, PyvpnkitVmStream, Servers, link_counters
+from benchmarks.guest import Guest
+from benchmarks.guests import BY_DEFAULT, GUESTS, PyvpnkitVm, PyvpnkitVmStream, link_counters
+from benchmarks.load import Servers
 from benchmarks.processes import end
 from pyvpnkit.boot import NotHere
 from pyvpnkit.machine import MachineError
@@ -93,7 +95,7 @@ def test_a_guest_is_started_with_its_first_case(at: Conditions, monkeypatch: pyt
         )
 
     def case(name: str, machine: bool) -> cases.Case:
-        def run(_guest: guests.Guest, _at: Conditions) -> cases.Metrics:
+        def run(_guest: Guest, _at: Conditions) -> cases.Metrics:
             order.append(name)
             return {"gbit_s": 1.0}
 
