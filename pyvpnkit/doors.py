@@ -19,15 +19,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
+from netstack.api import Endpoint
 from netstack.errors import ConfigError
 from netstack.link.listening import UnixSocket
 from pyvpnkit.later import Later
 
 if TYPE_CHECKING:
+    from portfwd.gvproxy_api import Suppliers
+    from portfwd.gvproxy_forwards import Forwards as GvproxyForwards
     from portfwd.ninep.listen import SocketServer
     from pyvpnkit.later import Accepts
     from pyvpnkit.service import Service
 
+HTTP_PORT: Final = 80
 CONTROL_SOCKET: Final = "control.sock"
 MAX_TOKEN: Final = 4096
 
@@ -42,6 +46,7 @@ class Doors:
         self._open = contextlib.AsyncExitStack()
         """Servers that were made when their first client came."""
         self._control: Any = None
+        self._forwards: GvproxyForwards | None = None
         self.where: list[str] = []
         """Sockets that are listened on, for people."""
 
@@ -49,6 +54,7 @@ class Doors:
         async with contextlib.AsyncExitStack() as undo:
             self._outgoing(undo)
             await self._open_control(undo)
+            await self._open_to_guests(undo)
             await self._open_ports(undo)
             await self._open_debug(undo)
             # What is made later ends first.
@@ -101,14 +107,26 @@ class Doors:
         token = None if control.token_file is None else read_token(control.token_file)
 
         async def make() -> Accepts:
-            from pyvpnkit.api.server import ControlServer
+            from portfwd import gvproxy_api, vpnkit_api
+            from pyvpnkit.api.server import ControlServer, mount_routes
 
-            server = ControlServer(self._service, listen=tcp, token=token, allowed_uids=control.users)
+            foreign = (
+                vpnkit_api.routes(self._service.registry, via=self.via, dump=self.dump),
+                gvproxy_api.routes(self._gvproxy_forwards(), self._gvproxy_suppliers()),
+            )
+            server = ControlServer(
+                self._service,
+                listen=tcp,
+                token=token,
+                allowed_uids=control.users,
+                mounts=map(mount_routes, foreign),
+                hijacked=gvproxy_api.HIJACKED,
+            )
             self._control = await self._open.enter_async_context(server)
             self.where += server.addresses
             return server
 
-        later = Later(make, ("pyvpnkit.api.server",))
+        later = Later(make, ("pyvpnkit.api.server", "portfwd.gvproxy_api", "portfwd.vpnkit_api"))
         undo.push_async_callback(later.close)
         if tcp:
             await later.server()
@@ -117,6 +135,53 @@ class Doors:
         ]:
             assert where is not None
             await self._serve_unix(undo, where, setting, lambda listener: _handing_on(listener, later.accept))
+
+    # -- gvproxy's API
+
+    def _gvproxy_forwards(self) -> GvproxyForwards:
+        """One for the host's clients and guests, so that they see each other's."""
+        if self._forwards is None:
+            from portfwd.gvproxy_forwards import Forwards
+
+            self._forwards = Forwards(self._service.registry)
+        return self._forwards
+
+    def _gvproxy_suppliers(self) -> Suppliers:
+        from netstack.link import stdio
+        from portfwd.gvproxy_api import Suppliers
+
+        service, stack, network = self._service, self._service.stack, self._settings.network
+
+        def leases() -> dict[str, str]:
+            return {network.gateway: network.gateway_mac, **{one.address: one.mac for one in stack.lease_table()}}
+
+        def state(guest: Endpoint, source: Endpoint) -> str | None:
+            ends = str(guest), str(source)
+            return next((flow.state for flow in stack.flows() if (flow.guest, flow.remote) == ends), None)
+
+        def attach(sock: socket.socket, peer_mtu: int | None) -> None:
+            stdio.adopt(service.attachments, sock, mtu=network.mtu, counters=stack.counters, peer_mtu=peer_mtu)
+
+        return Suppliers(
+            zones=service.zones,
+            leases=leases,
+            cam=stack.cam,
+            stats=stack.stats,
+            dialer=stack,
+            gateway=network.gateway_bytes,
+            state=state,
+            attach=attach,
+        )
+
+    async def _open_to_guests(self, undo: contextlib.AsyncExitStack) -> None:
+        if not self._settings.control.guest_api:
+            return
+        from portfwd.gvproxy_guest import GuestDoor
+
+        door = GuestDoor(self._gvproxy_forwards())
+        await door.start()
+        undo.push_async_callback(door.close)
+        self._service.stack.serve_sockets(self._settings.network.gateway_bytes, HTTP_PORT, door.serve)
 
     # -- VPNKit's sockets
 

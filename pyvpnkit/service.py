@@ -27,6 +27,7 @@ from typing import Any, Final
 
 import netstack  # noqa: F401  # first: it makes our `dns` importable beside dnspython's
 from dns.server import Server as DnsServer
+from dns.zones import Zones
 from netstack.api import Clock, Endpoint, Link, Reply
 from netstack.errors import ConfigError
 from netstack.link.attach import Attachments
@@ -47,7 +48,7 @@ from netstack.stack import Stack
 from ntp.server import Server as NtpServer
 from portfwd.carriers import Carriers
 from portfwd.inherited import Inherited
-from portfwd.owners import SETTINGS
+from portfwd.owners import SETTINGS, Owner
 from portfwd.registry import Registry
 from pyvpnkit import config
 from pyvpnkit.config import Option, Settings
@@ -99,6 +100,8 @@ class Service:
         """Where leases, forwards made by hand and control.sock are; set it before entering."""
         self.state: State | None = None
         self.doors: Doors | None = None
+        self.zones = Zones()
+        """Names that were added while this runs."""
         self._dns = self._new_dns(settings)
         self._ntp = NtpServer()
         self._capture: PcapWriter | None = None
@@ -263,6 +266,7 @@ class Service:
             resolv_conf=settings.dns.resolv_conf,
             upstreams=settings.dns.servers,
             clock=self._clock,
+            zones=self.zones,
         )
 
     def default_guest(self) -> bytes:
@@ -317,6 +321,8 @@ class Service:
             if isinstance(event, LeaseGiven | LeaseReleased):
                 if self.state is not None:
                     self.state.leases_changed()
+                if isinstance(event, LeaseReleased):
+                    self.registry.release(Owner("guest", event.address))  # who has the address next made none of them
                 self.registry.retarget()
         elif isinstance(event, CaptureStopped):
             log.warning("capture %s stopped: %s; the network goes on", event.path, event.reason)

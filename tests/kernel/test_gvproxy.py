@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from subprocess import PIPE, STDOUT, Popen
 from typing import Any
 
 import pytest
 
-from tests.support.netns import GATEWAY, LIMIT_S, ROOT, Namespace, World
+from tests.support.netns import GATEWAY, Daemon, Namespace, World
 from tests.support.webhost import MB, digest, web
 
 pytestmark = pytest.mark.netns
@@ -28,7 +25,7 @@ class Net:
     host: Namespace
     guest: Namespace
     api: Path
-    process: Popen[str]
+    daemon: Daemon
 
     def ask(self, path: str, body: Any = None, *, guest: bool = False) -> tuple[int, str]:
         """Status and text of an answer to curl: on the host by the socket, in the guest by the gateway."""
@@ -44,25 +41,12 @@ class Net:
 @pytest.fixture(scope="module")
 def net(shared: World) -> Iterator[Net]:
     guest = shared.namespace()
-    words = [sys.executable, "-m", "tests.portfwd.gvproxy_world", str(shared.directory), f"tap:netns={guest.name}"]
-    # Of the host only its network: the names of namespaces are ours.
-    process = Popen(
-        ["nsenter", f"--net={shared.host.path}", *words],
-        stdout=PIPE,
-        stderr=STDOUT,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    shared.defer(process.kill)
-    assert process.stdout is not None
-    said = process.stdout.readline()
-    assert said == "ready\n", said + process.stdout.read()
+    api = shared.directory / "api.sock"
+    daemon = shared.daemon("--link", f"tap:netns={guest.name}", "--control-listen", f"unix:{api}", "--guest-api", "on")
     assert guest.udhcpc() == "192.168.65.3"
-    yield Net(shared.host, guest, shared.directory / "api.sock", process)
-    process.terminate()
-    said = process.communicate(timeout=LIMIT_S)[0]
-    assert (process.returncode, said) == (0, "")
+    yield Net(shared.host, guest, api, daemon)
+    assert daemon.stop() == 0
+    assert "Traceback" not in daemon.said(), daemon.said()
 
 
 def test_a_program_in_the_guest_publishes_a_port_of_the_guest(net: Net) -> None:

@@ -21,7 +21,7 @@ from portfwd.owners import GVPROXY, HAND
 from portfwd.spec import PublishSpec
 from tests.support import packets
 
-from .gvproxy_world import GvForwarder, World, world
+from tests.support.gvproxy_world import GvForwarder, World, world
 from .http import LIMIT_S, Answer, House, call, free_port, house, request, serving, until
 
 PLAIN = "text/plain; charset=utf-8"

@@ -1,16 +1,11 @@
-"""A whole network with gvproxy's API on a Unix socket and for guests at port 80 of the gateway, and a played gvforwarder.
-
-`python -m tests.portfwd.gvproxy_world DIRECTORY LINK` is that network as a process.
-"""
+"""A whole network with gvproxy's API on a Unix socket and for guests at port 80 of the gateway, and a played gvforwarder."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 import socket
 import struct
-import sys
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -155,15 +150,3 @@ async def world(directory: Path, *links: str) -> AsyncIterator[World]:
             driver.close()
             stack.close()
     assert stack.counters.contained == 0
-
-
-async def main(directory: str, *links: str) -> None:
-    end = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, end.set)
-    async with world(Path(directory), *links):
-        print("ready", flush=True)
-        await end.wait()
-
-
-if __name__ == "__main__":
-    asyncio.run(main(*sys.argv[1:]))
