@@ -5,6 +5,7 @@
  *   netload probe ADDRESS PORT SECONDS               waits until one octet comes back over TCP
  *   netload rr ADDRESS PORT CONNECTIONS SECONDS      one-octet ping-pong on every connection
  *   netload crr ADDRESS PORT LOOPS SECONDS           connect, one octet, its reply, the server closes first
+ *   netload short ADDRESS PORT LOOPS COUNT           COUNT connections as those of crr, and how each of them ended
  *   netload idle ADDRESS PORT CONNECTIONS SECONDS    opens, at most so long, and holds; standard input closed = ask
  *                                                    each again and end
  *   netload udp-up ADDRESS PORT SIZE RATE SECONDS    datagrams to the peer; RATE 0 is as fast as they go
@@ -585,6 +586,59 @@ static int crr(char **args)
 	return 0;
 }
 
+#define SILENCE_MS 20000 /* when nothing happens for so long, what is open hangs */
+
+/* How each connection ended: `served` with its octet and the end; `refused`, reset before an octet came; `empty`, ended
+ * without one, which a client takes for an answer; `cut`, reset after it; `hung`, not at all. */
+static int short_connections(char **args)
+{
+	struct sockaddr_in to = address_of(args[0], args[1]);
+	int loops = atoi(args[2]), total = atoi(args[3]), poller = epoll_create1(0), begun = 0, open = 0, refused = 0;
+	int served = 0, empty = 0, cut = 0, failed = 0;
+	static uint8_t answered[65536];
+	static uint64_t asked[65536];
+	uint64_t start = clock_ns();
+	struct epoll_event events[256];
+	char octets[16];
+	for (;;) {
+		for (; begun < total && open < loops; begun++, open++)
+			crr_open(poller, &to, asked, &failed);
+		int ready = open ? epoll_wait(poller, events, 256, SILENCE_MS) : 0;
+		if (!ready)
+			break;
+		for (int i = 0; i < ready; i++) {
+			int fd = events[i].data.fd;
+			if (events[i].events & EPOLLOUT && !(events[i].events & (EPOLLERR | EPOLLHUP))) {
+				answered[fd] = 0;
+				if (send(fd, "c", 1, MSG_NOSIGNAL) == 1) {
+					watch(poller, EPOLL_CTL_MOD, fd, EPOLLIN);
+					continue;
+				}
+				refused++;
+			} else {
+				ssize_t size = recv(fd, octets, sizeof octets, 0);
+				if (events[i].events & EPOLLOUT)
+					answered[fd] = 0; /* it never got as far */
+				if (size > 0) {
+					answered[fd] = 1;
+					size = recv(fd, octets, sizeof octets, 0);
+				}
+				if (size < 0 && errno == EAGAIN)
+					continue;
+				if (size == 0)
+					answered[fd] ? served++ : empty++;
+				else
+					answered[fd] ? cut++ : refused++;
+			}
+			close(fd);
+			open--;
+		}
+	}
+	printf("{\"served\": %d, \"refused\": %d, \"empty\": %d, \"cut\": %d, \"hung\": %d, \"seconds\": %.3f}\n", served, refused,
+	       empty, cut, open, (clock_ns() - start) / 1e9);
+	return 0;
+}
+
 static int idle(char **args)
 {
 	struct sockaddr_in to = address_of(args[0], args[1]);
@@ -906,6 +960,7 @@ static const struct {
 	{ "serve", 2, serve },       { "dns-serve", 2, dns_serve }, { "probe", 3, probe },       { "rr", 4, rr },
 	{ "crr", 4, crr },           { "idle", 4, idle },           { "udp-up", 5, udp_up },     { "udp-down", 5, udp_down },
 	{ "dns", 5, dns },           { "dhcp-tap", 2, dhcp_tap },   { "dhcp-qemu", 2, dhcp_qemu },
+	{ "short", 4, short_connections },
 };
 
 int main(int argc, char **argv)

@@ -148,7 +148,7 @@ class RawChannel:
         self._ended = True
         self._watch_reading()
         assert self._receiver is not None
-        if self._hung_up():
+        if not self._shut and self._hung_up():
             if self._spoken:
                 self._receiver.ended()
             if not self._closing and not self._over:

@@ -81,6 +81,8 @@ class Guard:
         except asyncio.CancelledError:
             raise
         except Exception as error:  # contained: this request
+            if isinstance(error, RuntimeError) and connection_of(request).transport is None:
+                return complaint(400, "the client has left")  # aiohttp's word for a body that nobody sends any more
             self.server.contain(error)
             return complaint(500, "a fault of pyvpnkit's, see its log")
 

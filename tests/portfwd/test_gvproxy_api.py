@@ -20,9 +20,8 @@ from portfwd.gvproxy_forwards import Forwards
 from portfwd.owners import GVPROXY, HAND
 from portfwd.spec import PublishSpec
 from tests.support import packets
-
 from tests.support.gvproxy_world import GvForwarder, World, world
-from .http import LIMIT_S, Answer, House, call, free_port, house, request, serving, until
+from tests.support.http_house import LIMIT_S, Answer, House, call, free_port, house, request, serving, until
 
 PLAIN = "text/plain; charset=utf-8"
 

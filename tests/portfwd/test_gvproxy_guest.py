@@ -16,8 +16,7 @@ from portfwd.gvproxy_forwards import Forwards, as_asked
 from portfwd.gvproxy_guest import MAX_BODY, GuestDoor
 from portfwd.owners import GVPROXY, Owner
 from portfwd.spec import PublishSpec
-
-from .http import LIMIT_S, Answer, House, free_port, house, read_answer, request, until
+from tests.support.http_house import LIMIT_S, Answer, House, free_port, house, read_answer, request, until
 
 ONE, TWO = Endpoint.of("192.168.65.3", 40000), Endpoint.of("192.168.65.4", 40000)
 

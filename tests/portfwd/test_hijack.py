@@ -17,9 +17,8 @@ import portfwd.hijack
 from portfwd.hijack import MAX_HEAD, Door, Doorway, NotTaken, Taken, hijack
 from tests.roof.guest import BROADCAST, GATEWAY, GATEWAY_MAC
 from tests.support import packets
-
 from tests.support.gvproxy_world import GvForwarder, World, framed, world
-from .http import LIMIT_S, call, read_answer, request, serving, until
+from tests.support.http_house import LIMIT_S, call, read_answer, request, serving, until
 
 PLAIN = "POST /take HTTP/1.1\r\nHost: unix\r\nContent-Length: 0\r\n\r\n"
 

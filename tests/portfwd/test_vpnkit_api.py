@@ -19,8 +19,7 @@ import portfwd.vpnkit_api
 from portfwd.owners import HAND, SETTINGS, VPNKIT, Owner
 from portfwd.spec import PublishSpec
 from portfwd.vpnkit_api import MAX_BODY, MAX_DUMPS, routes
-
-from .http import JSON, Answer, House, call, free_port, house, read_answer, request, serving, until
+from tests.support.http_house import JSON, Answer, House, call, free_port, house, read_answer, request, serving, until
 
 FULL = {"proto": "tcp", "out_ip": "127.0.0.1", "out_port": 0, "in_ip": "172.17.0.2", "in_port": 80}
 

@@ -27,8 +27,7 @@ from portfwd.registry import Registry
 from pyvpnkit.driver import Driver
 from tests.roof.guest import GATEWAY, LIMIT_S, StreamGuest
 from tests.support import packets
-
-from .http import serving
+from tests.support.http_house import serving
 
 
 class GvForwarder(StreamGuest):

@@ -23,6 +23,8 @@ from aiohttp import web
 
 import pyvpnkit.api.server
 from netstack.errors import ConfigError
+from pyvpnkit.api.guard import Guard
+from pyvpnkit.api.http import connection_of
 from pyvpnkit.api.server import ControlServer, mount_routes, parse_listen
 from tests.roof.api.conftest import Control, control_server, request, until
 
@@ -372,6 +374,27 @@ async def test_a_thousand_clients_that_leave_in_the_middle_leave_nothing_half_do
     await until(lambda: len(os.listdir("/proc/self/fd")) <= descriptors + 1)
     assert (await control.ask("POST", "/v1/forwards", {"spec": "0:80"})).status == 201
     assert len(asyncio.all_tasks()) < 20
+
+
+async def test_a_client_that_left_before_its_body_was_looked_at_is_no_fault_of_ours(
+    control: Control, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked = asyncio.Event()
+    route = Guard._route
+
+    def wait_until_it_has_left(guard: Guard, asked: web.Request) -> None:
+        client.writer.transport.abort()
+        connection_of(asked).force_close()  # as the loop does when it hears of it
+        route(guard, asked)
+        looked.set()
+
+    monkeypatch.setattr(Guard, "_route", wait_until_it_has_left)
+    client = await control.connect()
+    await client.send(request("POST", "/v1/forwards", Content_Length="10", Content_Type="application/json"))
+    async with asyncio.timeout(30):
+        await looked.wait()
+    await until(lambda: not control.server.http.connections)
+    assert control.server.http.counters.contained == 0
 
 
 async def test_descriptors_that_run_out_do_not_end_the_listener(

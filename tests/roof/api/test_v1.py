@@ -15,6 +15,7 @@ from netstack.flow.records import FlowRecord
 from portfwd.owners import Owner
 from portfwd.spec import PublishSpec
 from pyvpnkit.api import shapes
+from tests.portfwd.http import free_port
 from tests.roof.api.conftest import Control, control_server, until
 from tests.roof.guest import HOST, Connection, StreamGuest
 
@@ -55,11 +56,6 @@ async def test_a_published_port_is_listed_found_and_removed(control: Control) ->
     assert (await control.ask("GET", "/v1/forwards")).json == {"forwards": [], "failed": []}
     with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", forward["port"])):
         pass
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
 
 
 async def test_publishing_twice_is_one_forward(control: Control) -> None:
@@ -115,8 +111,8 @@ async def test_a_bind_address_that_is_not_allowed_is_403(control: Control) -> No
 
 
 async def test_a_range_that_is_half_taken_is_not_published_at_all(control: Control) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        last = taken.getsockname()[1]
+    last = free_port(3) + 2
+    with socket.create_server(("127.0.0.1", last)):
         reply = await control.ask("POST", "/v1/forwards", {"port": last - 2, "guest_port": 10, "count": 3})
         assert reply.status == 409
         assert not len(control.service.registry)
