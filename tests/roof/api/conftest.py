@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import random
+import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -170,3 +172,16 @@ async def until(true: Callable[[], bool], limit_s: float = LIMIT_S) -> None:
     async with asyncio.timeout(limit_s):
         while not true():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
+
+
+def free_port(count: int = 1) -> int:
+    """The first of so many consecutive ports that nobody has, below those that kernels hand out by themselves."""
+    while True:
+        first = random.SystemRandom().randrange(15000, 32000)
+        with contextlib.ExitStack() as bound:
+            try:
+                for port in range(first, first + count):
+                    bound.enter_context(socket.socket()).bind(("0.0.0.0", port))
+            except OSError:
+                continue
+            return first

@@ -15,8 +15,7 @@ from netstack.flow.records import FlowRecord
 from portfwd.owners import Owner
 from portfwd.spec import PublishSpec
 from pyvpnkit.api import shapes
-from tests.portfwd.http import free_port
-from tests.roof.api.conftest import Control, control_server, until
+from tests.roof.api.conftest import Control, control_server, free_port, until
 from tests.roof.guest import HOST, Connection, StreamGuest
 
 
