@@ -86,7 +86,7 @@ class Connection(web.RequestHandler):
         super().__init__(
             manager,
             loop=server.loop,
-            keepalive_timeout=IDLE_S,
+            keepalive_timeout=2 * server.idle_s,  # ours, which says why, is first
             access_log=None,  # type: ignore[arg-type]  # as aiohttp's own runner gives it for none
             logger=log,
             lingering_time=_LINGER_S,

@@ -122,7 +122,7 @@ class ControlServer:
             return
         try:
             if self._path is not None:
-                unix = UnixSocket(self._path, socket.SOCK_STREAM, setting="control.path", backlog=BACKLOG)
+                unix = UnixSocket(self._path, socket.SOCK_STREAM, setting="control.socket", backlog=BACKLOG)
                 self._listeners.append(_Listener(self._path, unix.sock, unix.close, self.accept))
             for address, port in self._listen:
                 sock = _bound(address, port)
@@ -145,7 +145,7 @@ class ControlServer:
             self._undo = undo.pop_all()
         if self._listen and not self._token:
             doors = ", ".join(name for name in self.addresses if name != self._path)
-            log.warning("control: every user of this host can use %s; set control.token", doors)
+            log.warning("control: every user of this host can use %s; set control.token_file", doors)
         return self
 
     async def __aexit__(self, *_error: object) -> None:
@@ -280,7 +280,7 @@ def _check_token(token: str | None, listen: Sequence[tuple[str, int]]) -> None:
     if token is not None:
         if len(token) < MIN_TOKEN or not token.isascii() or not token.isprintable() or " " in token:
             raise ConfigError(
-                f"control.token: has to be at least {MIN_TOKEN} printable ASCII characters without blanks; "
+                f"control.token_file: the token has to be at least {MIN_TOKEN} printable ASCII characters without blanks; "
                 "make one with `openssl rand -hex 32`"
             )
         return
@@ -288,7 +288,7 @@ def _check_token(token: str | None, listen: Sequence[tuple[str, int]]) -> None:
         if not ipaddress.ip_address(address).is_loopback:
             raise ConfigError(
                 f"control.listen: {_name(address, port)} can be reached from other hosts, and there is no token; "
-                "set control.token, or listen on 127.0.0.1"
+                "set control.token_file, or listen on 127.0.0.1"
             )
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from netstack.errors import ConfigError, HostError
-from pyvpnkit.commands.client import Client, control_path
+from pyvpnkit.commands.client import Client, Stream, control_path
 
 _STATISTICS: Final = 5
 _PACKET: Final = 6
@@ -85,27 +85,32 @@ def capture(parsed: argparse.Namespace) -> int:
     target = parsed.write or "-"
     if target == "-" and sys.stdout.isatty():
         raise ConfigError("capture: would write octets to a terminal; give -w FILE, or pipe it: | wireshark -k -i -")
-    blocks = Blocks()
-    client = Client(control_path(parsed.control))
+    words = " ".join(parsed.filter) or None
+    with (
+        Client(control_path(parsed.control)).stream("/v1/capture", filter=words, snaplen=parsed.snaplen) as stream,
+        _Output(target) as output,
+    ):
+        blocks = Blocks()
+        try:
+            _copy(stream, blocks, output, parsed.count)
+        finally:
+            print(f"{blocks.packets} packets captured, {blocks.lost} lost", file=sys.stderr)
+    return 0
+
+
+def _copy(stream: Stream, blocks: Blocks, output: _Output, limit: int | None) -> None:
     try:
-        with (
-            client.stream("/v1/capture", filter=" ".join(parsed.filter) or None, snaplen=parsed.snaplen) as stream,
-            _Output(target) as output,
-        ):
-            while not output.over and (octets := stream.read()):
-                for block in blocks.feed(octets):
-                    output.write(block)
-                    if output.over or blocks.packets == parsed.count:
-                        return 0
+        while not output.over and (octets := stream.read()):
+            for block in blocks.feed(octets):
+                output.write(block)
+                if output.over or blocks.packets == limit:
+                    return
     except KeyboardInterrupt:
         pass
     except BrokenPipeError:
         pass  # who read it has seen enough
     except OSError as error:
-        raise HostError(f"{target}: {error.strerror}") from None
-    finally:
-        print(f"{blocks.packets} packets captured, {blocks.lost} lost", file=sys.stderr)
-    return 0
+        raise HostError(f"{output.name}: {error.strerror}; what was written before can be read") from None
 
 
 class _Output:
@@ -113,6 +118,7 @@ class _Output:
 
     def __init__(self, target: str) -> None:
         self.over = False
+        self.name = target
         self._fd = 1 if target == "-" else _open(target)
         self._writing = False
         self._before: dict[int, Any] = {}

@@ -144,6 +144,13 @@ async def test_a_reader_that_is_slow_is_told_what_was_lost(control: Control, gue
 async def test_a_wrong_wish_ends_with_2(control: Control, argv: list[str], words: str) -> None:
     done = await pyvpnkit(control, "capture", *argv)
     assert (done.status, words in done.err) == (2, True), done.err
+    assert "captured" not in done.err
+
+
+async def test_a_full_disk_is_said_and_ends_with_1(control: Control) -> None:
+    done = await pyvpnkit(control, "capture", "-w", "/dev/full")  # the section header is there at once
+    assert done.status == 1
+    assert "/dev/full: No space left on device" in done.err and ", 0 lost" in done.err
 
 
 def test_blocks_come_whole_however_the_stream_is_cut() -> None:
