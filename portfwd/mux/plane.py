@@ -333,10 +333,8 @@ class Plane:
         timer = self._strangers.pop(session, None)
         if timer is not None:
             timer.cancel()
-            if reason and not self._closed:
-                self._complain(reason)
-            elif self.where.kind != "listen" and not self._closed:
-                self._complain("it ended the connection before it greeted (is the forwarder running in the VM?)")
+            if not self._closed and (reason or self.where.kind != "listen"):
+                self._complain(f"{reason or 'an end'} before it greeted (does the forwarder run in the VM?)")
         elif session is self._session:
             self._session = None
             if not self._closed:
