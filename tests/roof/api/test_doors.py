@@ -23,6 +23,7 @@ from aiohttp import web
 
 import pyvpnkit.api.server
 from netstack.errors import ConfigError
+from portfwd.hijack import Taken, hijack
 from pyvpnkit.api.guard import Guard
 from pyvpnkit.api.http import connection_of
 from pyvpnkit.api.server import ControlServer, mount_routes, parse_listen
@@ -443,6 +444,33 @@ async def test_mounted_routes_keep_their_own_words_and_habits(tmp_path: Path) ->
         control.server.http.counters.contained = 0
 
 
+async def test_a_mounted_route_may_take_its_connection_over(tmp_path: Path) -> None:
+    taken: list[socket.socket] = []
+
+    async def tunnel(asked: web.Request) -> web.StreamResponse:
+        taken.append(hijack(asked))
+        return Taken()
+
+    options: dict[str, Any] = {"mounts": [mount_routes([web.post("/tunnel", tunnel)])], "hijacked": ["/tunnel"]}
+    async with control_server(tmp_path, idle_s=0.2, **options) as control:
+        client = await control.connect()
+        await client.send(request("POST", "/tunnel") + b"octets that are no HTTP")
+        await until(lambda: bool(taken))
+        # It is nobody's idle connection any more.
+        await until(lambda: not control.server.http.connections)
+        sock = taken.pop()
+        assert sock.recv(100) == b"octets that are no HTTP"
+        sock.sendall(b"answer")
+        sock.close()
+        assert await client.closed() == b"answer"
+        other = await control.connect()
+        for _ in range(2):
+            await other.send(request("GET", "/v1/forwards"))
+            assert (await other.reply()).status == 200
+        assert await other.closed() == b""
+        assert (await control.ask("POST", "/v1/forwards", raw=b"x" * 70000)).status == 413
+
+
 # Logs, and the end.
 
 
@@ -504,6 +532,7 @@ def test_construction_needs_no_loop_and_bind_only_a_directory(tmp_path: Path) ->
         test_one_connection_too_many_is_told_so,
         test_a_thousand_clients_that_leave_in_the_middle_leave_nothing_half_done,
         test_mounted_routes_keep_their_own_words_and_habits,
+        test_a_mounted_route_may_take_its_connection_over,
         test_leaving_ends_streams_and_idle_connections_at_once,
     ],
 )
