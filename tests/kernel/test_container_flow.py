@@ -143,17 +143,18 @@ def test_a_container_that_refuses_resets_the_client(machine: Machine) -> None:
     child.wait(20)
 
 
-@pytest.mark.parametrize("octets", [1, 511, 1472, 9216, 65507])
-def test_datagrams_of_any_size(machine: Machine, octets: int) -> None:
+def test_datagrams_of_any_size(machine: Machine) -> None:
+    """The sizes of VPNKit's own test, and the largest there is."""
     port = 5300 + machine.generation
     flags = ["-proto", "udp", "-host-ip", "127.0.0.1", "-host-port", str(port)]
     child, said = machine.expose("9p", *flags, "-container-ip", CONTAINER, "-container-port", "53")
     assert said == "0\n"
     with machine.guest.datagrams(CONTAINER, 53) as server, machine.host.socket(socket.SOCK_DGRAM) as client:
-        client.sendto(content(octets), ("127.0.0.1", port))
-        payload, sender = server.recvfrom(65536)
-        server.sendto(payload, sender)
-        assert client.recvfrom(65536) == (content(octets), ("127.0.0.1", port))
+        for octets in (1, 4, 511, 1023, 2034, 2035, 4095, 8191, 9215, 9216, 65507):
+            client.sendto(content(octets), ("127.0.0.1", port))
+            payload, sender = server.recvfrom(65536)
+            server.sendto(payload, sender)
+            assert client.recvfrom(65536) == (content(octets), ("127.0.0.1", port))
     child.terminate()
     child.wait(20)
 
