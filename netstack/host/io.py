@@ -14,6 +14,7 @@ import _socket
 import errno
 import select
 import socket
+import struct
 import sys
 from typing import Any, Final, Protocol
 
@@ -29,6 +30,7 @@ HANGUP: Final = 16
 READ_CLOSED: Final = 0x2000
 """The peer will send no more (EPOLLRDHUP)."""
 
+_RESET: Final = struct.pack("ii", 1, 0)  # SO_LINGER on, 0 s: close sends RST
 _EDGES: Final = READ | URGENT | READ_CLOSED | 1 << 31  # EPOLLET
 _FLAGS: Final = getattr(socket, "SOCK_NONBLOCK", 0) | getattr(socket, "SOCK_CLOEXEC", 0)
 
@@ -39,7 +41,7 @@ class HostIO(Protocol):
         ...
 
     def admit(self, sock: Any) -> Any:
-        """A socket from elsewhere (an accepted client, a pair) that is to count as the guests'. Raises `OSError`, and closes
+        """A socket from elsewhere (an accepted client, a pair) that is to count as the guests'. Raises `OSError`, and resets
         it, where only the reserved descriptors are left."""
         ...
 
@@ -93,6 +95,13 @@ def _within(sock: Any, highest: int) -> Any:
     return sock
 
 
+def _admitted(sock: Any, highest: int) -> Any:
+    """As `_within`, for a connected socket: its peer sees RST, since an end by itself reads as an empty answer."""
+    if sock.fileno() >= highest:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+    return _within(sock, highest)
+
+
 def first_source_port() -> int:
     """From where on the kernel chooses source ports of its own, as of now (ip(7): `ip_local_port_range`)."""
     try:
@@ -117,7 +126,7 @@ class EpollIO:
         return _within(_socket.socket(family, kind | _FLAGS, protocol), self._highest)
 
     def admit(self, sock: Any) -> Any:
-        return _within(sock, self._highest)
+        return _admitted(sock, self._highest)
 
     def watch(self, fd: int, ready: Ready, *, edge: bool = True, write: bool = False) -> None:
         self._epoll.register(fd, (_EDGES | WRITE if write else _EDGES) if edge else READ)
@@ -167,7 +176,7 @@ class KqueueIO:
         return _within(sock, self._highest)
 
     def admit(self, sock: Any) -> Any:
-        return _within(sock, self._highest)
+        return _admitted(sock, self._highest)
 
     def _change(self, fd: int, kind: int, flags: int) -> None:
         if sys.platform != "linux":
