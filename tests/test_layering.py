@@ -26,6 +26,7 @@ ARROWS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
     ("netstack.settings", ()),
     ("netstack.jsonfile", ()),
     ("netstack.stack", ("netstack",)),
+    ("netstack.views", ("netstack",)),
     ("netstack.wire", ()),
     ("netstack.observe", ("netstack.wire",)),
     # Beyond the house table: the proxies put headers together (wire) and hand packets to the interface's output (iface) ...
