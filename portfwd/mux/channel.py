@@ -68,7 +68,7 @@ class Channel(Protocol):
         ...
 
     def attach(self, receiver: Receiver) -> None:
-        """Begin: the peer may send. Once; what happened before is told now."""
+        """Begin: the peer may send. Once; the receiver hears nothing before the next turn of the loop."""
         ...
 
     def sendable(self) -> int:

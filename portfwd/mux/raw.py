@@ -66,12 +66,17 @@ class RawChannel:
 
     def attach(self, receiver: Receiver) -> None:
         assert self._receiver is None
-        if self._over:
+        if self._over or self._closing:
+            if not self._closing:
+                self._loop.call_soon(receiver.closed, Ending.LOST)
             return
         self._receiver = receiver
-        if self._received:
-            self._told(memoryview(self._received))
-            self._received = b""
+        self._loop.call_soon(self._catch_up)
+
+    def _catch_up(self) -> None:
+        received, self._received = self._received, b""
+        if received and not self._closing and not self._over:
+            self._told(memoryview(received))
         self._watch_reading()
 
     def sendable(self) -> int:

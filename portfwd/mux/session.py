@@ -54,7 +54,7 @@ OnOpen = Callable[[Destination, Channel], None]
 class MuxChannel:
     """`Channel` of a session."""
 
-    __slots__ = ("_early", "_ended", "_ending", "_flow", "_receiver", "_session")
+    __slots__ = ("_early", "_ended", "_ending", "_flow", "_let_go", "_receiver", "_session")
 
     def __init__(self, session: Session, flow: Flow) -> None:
         self._session = session
@@ -62,7 +62,7 @@ class MuxChannel:
         self._receiver: Receiver | None = None
         self._early: list[bytes] = []
         """Octets of a peer that did not wait until it was allowed to send; bounded by `Limits.overrun`."""
-        self._ended = False
+        self._ended = self._let_go = False
         self._ending: Ending | None = None
         flow.user = self
 
@@ -80,22 +80,30 @@ class MuxChannel:
 
     def attach(self, receiver: Receiver) -> None:
         assert self._receiver is None
-        if self._flow.closed:
+        if self._let_go:
+            return
+        if self._early or self._ended or self._ending is not None:
+            self._session._loop.call_soon(self._catch_up, receiver)
+        else:
+            self._receiver = receiver
+        self._session._mux.accept(self._flow)
+        self._session._said()
+
+    def _catch_up(self, receiver: Receiver) -> None:
+        """Tell what happened before somebody listened."""
+        if self._let_go:
             return
         self._receiver = receiver
         early, self._early = self._early, []
         for octets in early:
             receiver.data(memoryview(octets))
-        if self._ended:
+        if self._ended and not self._let_go:
             receiver.ended()
-        if self._ending is not None:
+        if self._ending is not None and not self._let_go:
             receiver.closed(self._ending)
-            return
-        self._session._mux.accept(self._flow)
-        self._session._said()
 
     def sendable(self) -> int:
-        return self._session._mux.sendable(self._flow)
+        return 0 if self._session._over else self._session._mux.sendable(self._flow)
 
     def send(self, octets: memoryview) -> None:
         mux = self._session._mux
@@ -113,6 +121,7 @@ class MuxChannel:
         self._session._said()
 
     def close(self) -> None:
+        self._let_go = True
         self._early.clear()
         self._session._mux.close(self._flow)
         self._session._said()

@@ -81,7 +81,7 @@ async def test_a_descriptor_may_be_inherited(listens: bool, tmp_path: Path) -> N
 
 
 async def test_a_descriptor_of_something_else_is_refused_and_left_alone(tmp_path: Path) -> None:
-    with open(tmp_path / "file", "w") as file, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagrams:
+    with (tmp_path / "file").open("w") as file, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagrams:
         for fd in (file.fileno(), datagrams.fileno(), 999):
             with pytest.raises(ConfigError, match=f"descriptor {fd} "):
                 Plane(Where(kind="fd", fd=fd)).start(asyncio.get_running_loop())

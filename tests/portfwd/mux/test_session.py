@@ -11,8 +11,9 @@ import time
 import pytest
 
 from portfwd.carriers import Destination
+from portfwd.mux.channel import Channel, Ending
 from portfwd.mux.engine import Limits
-from portfwd.mux.frames import HANDSHAKE, Close, Data, Open, Window
+from portfwd.mux.frames import HANDSHAKE, Close, Data, Open, Shutdown, Window
 from portfwd.mux.session import Session
 from tests.portfwd.mux.ends import TARGET, Near, near, sessions, until
 from tests.portfwd.mux.pair import said
@@ -150,12 +151,49 @@ async def test_a_server_that_closes_at_once_is_no_refusal() -> None:
 
 
 class Mute:
-    """Who says something and hears nothing."""
+    """Who says something and keeps what it hears."""
 
-    def data(self, octets: memoryview) -> None: ...
-    def ended(self) -> None: ...
-    def closed(self, why: object) -> None: ...
+    def __init__(self) -> None:
+        self.heard = b""
+        self.told: list[str] = []
+
+    def data(self, octets: memoryview) -> None:
+        self.heard += octets
+
+    def ended(self) -> None:
+        self.told.append("ended")
+
+    def closed(self, why: Ending) -> None:
+        self.told.append(why.value)
+
     def room(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("frames", "heard", "told"),
+    [
+        (said(Data(1, 2), b"ab", Shutdown(1)), b"ab", ["ended"]),
+        (said(Data(1, 2), b"ab", Close(1)), b"ab", ["ended", "closed"]),
+        (said(Close(1)), b"", ["refused"]),
+        (said(Data(1, 200), bytes(200)), b"", ["overrun"]),
+        (said(Data(1, 2), b"ab") + b"\7\0\x63\0\0\0\0", b"ab", ["lost"]),
+    ],
+    ids=["shutdown", "close", "refused", "overrun", "lost"],
+)
+async def test_who_attaches_late_is_told_what_happened(frames: bytes, heard: bytes, told: list[str]) -> None:
+    ours, theirs = socket.socketpair()
+    opened: list[Channel] = []
+    session = Session(ours, generation=2, on_open=lambda _, channel: opened.append(channel), limits=Limits(overrun=100))
+    with theirs:
+        theirs.send(said(Open(1, TARGET)) + frames)
+        await until(lambda: bool(opened))
+        await asyncio.sleep(0.01)
+        mute = Mute()
+        opened[0].attach(mute)
+        assert mute.told == []
+        await asyncio.sleep(0.01)
+        assert (mute.heard, mute.told) == (heard, told)
+        session.close()
 
 
 @pytest.mark.parametrize("dies", [False, True], ids=["", "the connection dies"])
