@@ -14,7 +14,7 @@ import pytest
 import portfwd.mux.plane
 from netstack.errors import ConfigError, HostError
 from portfwd.carriers import Destination
-from portfwd.mux.frames import Open
+from portfwd.mux.frames import HANDSHAKE, Open
 from portfwd.mux.plane import Plane
 from portfwd.mux.where import Where
 from tests.portfwd.mux.ends import until
@@ -154,6 +154,19 @@ async def test_a_hypervisor_that_answers_something_else_is_quoted(
         with client(made, NOBODY) as sock, pytest.raises(ConnectionResetError):
             await read_all(sock)
     assert "answered b'NO WAY\\n'" in caplog.text
+
+
+async def test_what_follows_the_hypervisors_answer_is_not_lost(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "f"))
+        listener.listen()
+        listener.setblocking(False)
+        async with plane(f"connect:{tmp_path / 'f'}") as made:
+            with client(made, NOBODY):
+                sock, _ = await asyncio.get_running_loop().sock_accept(listener)
+                with sock:
+                    sock.send(b"OK 1073741824\n" + HANDSHAKE)
+                    await until(lambda: made.status()["connections"] == 1)
 
 
 @pytest.mark.parametrize("generation", [2, 3])

@@ -12,8 +12,8 @@ import pytest
 
 from portfwd.carriers import Destination
 from portfwd.mux.channel import Channel, Ending
-from portfwd.mux.engine import Limits
-from portfwd.mux.frames import HANDSHAKE, Close, Data, Open, Shutdown, Window
+from portfwd.mux.engine import HIGH_WATER, Limits
+from portfwd.mux.frames import HANDSHAKE, Close, Data, Decoder, Open, Shutdown, Window
 from portfwd.mux.session import Session
 from tests.portfwd.mux.ends import TARGET, Near, near, sessions, until
 from tests.portfwd.mux.pair import said
@@ -319,21 +319,35 @@ async def test_a_handler_that_fails_ends_its_channel_alone(caplog: pytest.LogCap
     assert "no such thing" in caplog.text
 
 
-async def test_a_peer_that_does_not_read_is_not_waited_for_with_memory() -> None:
-    """Data for it stays in the host sockets; what is queued is bounded."""
+@pytest.mark.parametrize("high", [HIGH_WATER, 1 << 20])
+async def test_data_for_a_peer_that_does_not_read_stays_in_the_host_sockets(
+    high: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is queued is bounded; when the peer reads again all of it arrives, each octet in its channel."""
+    monkeypatch.setattr("portfwd.mux.engine.HIGH_WATER", high)
     ours, theirs = socket.socketpair()
     session = Session(ours, generation=2)
     with theirs:
+        theirs.setblocking(False)
         clients = [near(session.open(TARGET)) for _ in range(50)]
         await until(lambda: session.octets_out > 0)
         ids = list(session._mux.flows)
         theirs.send(said(*(Window(id, 1 << 40) for id in ids)))
-        for client in clients:
-            client.sock.send(PATTERN)
+        sent = [client.sock.send(PATTERN[at * 1000 :]) for at, client in enumerate(clients)]
         begin = time.monotonic()
         while time.monotonic() < begin + 0.2:
             await asyncio.sleep(0.01)
-            assert session._mux.queued < 400_000
+            assert session._mux.queued < high + 400_000
+        received = {id: bytearray() for id in ids}
+        decoder = Decoder()
+        while sum(map(len, received.values())) < sum(sent):
+            async with asyncio.timeout(10):
+                part = await asyncio.get_running_loop().sock_recv(theirs, 1 << 16)
+            for _, id, _, more in decoder.feed(memoryview(part)):
+                if isinstance(more, memoryview):
+                    received[id] += more
+        for at, id in enumerate(ids):
+            assert received[id] == PATTERN[at * 1000 : at * 1000 + sent[at]]
         session.close()
         for client in clients:
             client.sock.close()
