@@ -52,7 +52,7 @@ class Port:
 async def echo(sock: socket.socket, payload: bytes) -> bytes:
     loop = asyncio.get_running_loop()
     async with asyncio.timeout(10):
-        await loop.sock_sendall(sock, payload)
+        sock.send(payload)
         return await loop.sock_recv(sock, 65535)
 
 
@@ -146,7 +146,7 @@ async def test_what_is_sent_before_the_forwarder_is_there_arrives_as_far_as_it_i
         with Port(made) as port:
             client = port.client()
             for at in range(4):
-                await asyncio.get_running_loop().sock_sendall(client, bytes((at,)) * 50_000)
+                client.send(bytes((at,)) * 50_000)
             assert isinstance(port.published, PerClient)
             await until(lambda: port.published.dropped == 2)
             await vm.start()
