@@ -113,7 +113,7 @@ class Settings:
     forwarder: str | None = None
     """How VPNKit's forwarder in the VM is reached, for what only the VM reaches (containers, its loopback, paths in it):
     `hyperkit:/PATH/connect`, `connect:/PATH`, `unix:/PATH`, `listen:/PATH` or `fd:N`, with options such as
-    `,port=62373,generation=2` (docs/ports.md)."""
+    `,port=62373,generation=2` (docs/ports.md). A path alone is VPNKit's `--vsock-path`: HyperKit's, generation 2."""
     network: Network = field(default_factory=Network)
     """The virtual network."""
     capture: CaptureSettings = field(default_factory=CaptureSettings)

@@ -119,7 +119,9 @@ def address(text: str) -> str:
 def forwarder(text: str) -> str:
     from portfwd.mux.where import Where  # where it is used: few have a forwarder
 
-    return str(Where.parse(text))
+    # VPNKit's own form is a bare path, or unix:// and one.
+    plain = text.startswith("/") or text.startswith("unix://")
+    return str(Where.vsock_path(text) if plain else Where.parse(text))
 
 
 def directory(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Z13: VPNKit's multiplexer and its datagrams, whatever a peer says and however it is cut: bounded, in step, never an exception.
+"""Z14: VPNKit's multiplexer and its datagrams, whatever a peer says and however it is cut: bounded, in step, never an exception.
 
 Two models: a script of good frames is bent, and what comes out of the engine is compared between cuttings; two engines talk over a
 wire of pieces while their users open, send, shut and close at random, and every stream is a prefix of what was sent.
@@ -239,7 +239,7 @@ def _texts(rng: random.Random) -> None:
         pass
 
 
-def z13_mux(rng: random.Random) -> None:
+def z14_mux(rng: random.Random) -> None:
     """Hostile frames, two engines at random, records, destinations and ways as text."""
     _hostile(rng)
     _conversation(rng)

@@ -21,6 +21,7 @@ CASES = {
     "z10_services": 400,
     "z12_texts": 600,
     "z13_ninep": 300,
+    "z14_mux": 300,
     "z15_ports": 2500,
 }
 
