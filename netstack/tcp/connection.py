@@ -194,7 +194,7 @@ class Connection:
         # Second, RST (RFC 5961 3.2).
         if flags & RST:
             if seg_seq == rcv.nxt:
-                if self.state is not State.TIME_WAIT:  # there both have said and heard everything: no reset is signalled
+                if self.state is not State.TIME_WAIT:  # where both have said and heard everything
                     self.events.append(Event.RESET)
                 self._to(Input.RESET)
                 self.plain = False
