@@ -105,8 +105,8 @@ def test_udp_is_bound_as_udp(start: Start, host: PlayedHost) -> None:
         arguments = [*flags("udp", port, inner), "-control", host.path, "-local-bind", "always"]
         tool = start("expose_port", *arguments, parent=True)
         assert tool.heard() == b"0\n"
-        with socket.create_server(("127.0.0.1", port)):
-            pass  # TCP's port of the same number is free
+        with pytest.raises(ConnectionRefusedError):  # nothing listens at TCP's port of the same number
+            socket.create_connection(("127.0.0.1", port), timeout=LIMIT_S).close()
         clients = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(3)]
         for number, client in enumerate(clients):
             client.settimeout(LIMIT_S)
