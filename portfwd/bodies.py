@@ -44,6 +44,7 @@ async def read(request: web.Request, limit: int) -> bytes:
         web.HTTPException,
         ValueError,
         OSError,
+        RuntimeError,  # aiohttp's word for a client that left
     ) as error:  # the client's encoding or chunks are broken, or it went away
         raise BadBody(f"the body cannot be read: {error}") from None
     return bytes(body)

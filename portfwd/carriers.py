@@ -68,6 +68,18 @@ class DataPlane(Protocol):
         ...
 
 
+class Way(Protocol):
+    """A way of its own for one forward (`portfwd.ssh_tunnel`)."""
+
+    def stream(self, spec: PublishSpec, sock: socket.socket, client: Any) -> None:
+        """As `Carriers.stream`."""
+        ...
+
+    def close(self) -> None:
+        """The forward is removed, no more will come; what is carried goes on."""
+        ...
+
+
 class Carriers:
     """The ways there are, for the listeners of one registry.
 

@@ -1,7 +1,8 @@
 """gvproxy's words for forwards: `local`, `remote`, `protocol` (spec gvproxy 1.3), on the one registry of forwards.
 
 `local` is kept to the letter as the name of a forward (`:9090` is not `0.0.0.0:9090`); forwards that other doors made are named
-`ADDRESS:PORT`. `remote` is where it leads in the network, `:PORT` the caller's own address. A caller on the host sees all and
+`ADDRESS:PORT`. `remote` is where it leads in the network, `:PORT` the caller's own address; `ssh-tunnel://` is listed without
+its passphrase. A caller on the host sees all and
 may remove all but those of the settings. A guest sees and removes what it made itself, leads to itself only, with TCP and UDP, at
 host addresses that a policy grants it, and makes at most `MAX_PER_GUEST`.
 """
@@ -20,7 +21,8 @@ from netstack.errors import ConfigError, NetstackError
 from portfwd.errors import AlreadyPublished, BindFailed, NotAllowed, TooMany
 from portfwd.owners import GVPROXY, SETTINGS, Owner
 from portfwd.registry import Forward, Registry
-from portfwd.spec import PublishSpec
+from portfwd.spec import MAX_ANNOTATION, PublishSpec
+from portfwd.ssh_tunnel import Target, Tunnel, is_tunnel, masked
 from portfwd.vpnkit_api import listen_error
 
 MAX_PER_GUEST: Final = 64
@@ -108,17 +110,27 @@ class Forwards:
         try:
             if caller is not None:
                 spec = self._granted(spec, caller)
-            forward = self._registry.add(spec, _owner(caller))
+            forward = self._registry.add(spec, _owner(caller), way=self._way(proxy))
         except AlreadyPublished as error:
             raise Refused(listen_error(error.spec, errno.EADDRINUSE)) from None
         except BindFailed as error:
             raise Refused(listen_error(error.spec, error.number)) from None
         except NetstackError as error:
             raise Refused(str(error)) from None
-        if spec.guest is not None:
+        if is_tunnel(proxy.remote):
+            proxy = replace(proxy, remote=masked(proxy.remote))
+        elif spec.guest is not None:
             proxy = replace(proxy, remote=proxy.remote if "/" in proxy.remote else f"{spec.guest}:{spec.guest_port}")
         self._names[forward.id] = proxy
         return forward
+
+    def _way(self, proxy: Proxy) -> Tunnel | None:
+        """Only for who was granted the forward: the key is looked for in the host's files. Raises `ConfigError`."""
+        if not is_tunnel(proxy.remote):
+            return None
+        target = Target.parse(proxy.remote)
+        target.check()
+        return Tunnel(target, lambda: self._registry.carriers.dialer)
 
     def _granted(self, spec: PublishSpec, caller: Endpoint) -> PublishSpec:
         try:
@@ -177,18 +189,22 @@ def _spec(proxy: Proxy, caller: Endpoint | None) -> PublishSpec:
 
 
 def _unix(proxy: Proxy) -> PublishSpec:
+    if is_tunnel(proxy.remote):
+        try:
+            target = Target.parse(proxy.remote)
+        except ConfigError as error:
+            raise Refused(str(error), 400) from None
+        end = target.guest
+        label = f"by ssh to {target.path}"[:MAX_ANNOTATION]
+        return _made(protocol="unix", path=proxy.local, guest=end.text, guest_port=end.port, annotation=label)
+    shown = proxy.remote.partition("?")[0][:200]  # what follows may be a passphrase
     try:
         where = urlsplit(proxy.remote)
         host, port = where.hostname or "", where.port or 0
     except ValueError as error:
-        raise Refused(f"remote {proxy.remote[:200]!r}: {error}; write tcp://ADDRESS:PORT", 400) from None
-    if where.scheme == "ssh-tunnel":
-        raise Refused(
-            "ssh-tunnel: is not available here; expose the guest's port 22 with protocol tcp and run "
-            "ssh -N -L LOCAL.sock:/PATH/IN/GUEST.sock -p PORT USER@127.0.0.1, or have the guest listen on TCP and use tcp://ADDRESS:PORT"
-        )
+        raise Refused(f"remote {shown!r}: {error}; write tcp://ADDRESS:PORT", 400) from None
     if where.scheme != "tcp":
-        raise Refused(f"remote {proxy.remote[:200]!r}: write tcp://ADDRESS:PORT", 400)
+        raise Refused(f"remote {shown!r}: write tcp://ADDRESS:PORT", 400)
     return _made(protocol="unix", path=proxy.local, guest=_ipv4(host, proxy.remote), guest_port=port)
 
 

@@ -20,7 +20,7 @@ from typing import Final, Protocol
 from netstack.api import Datagrams
 from netstack.errors import ConfigError
 from netstack.link.listening import UnixSocket
-from portfwd.carriers import Carriers
+from portfwd.carriers import Carriers, Way
 from portfwd.errors import BindFailed
 from portfwd.holders import explain
 from portfwd.spec import PublishSpec
@@ -57,15 +57,20 @@ class Listener(Protocol):
     def close(self) -> None: ...
 
 
-def open_listener(spec: PublishSpec, carriers: Carriers, inherit: Inherit = lambda spec: None) -> Listener:
-    """Bind what `spec` (a single port or path) says; raises `BindFailed` that says what is in the way."""
+def open_listener(
+    spec: PublishSpec, carriers: Carriers, inherit: Inherit = lambda spec: None, way: Way | None = None
+) -> Listener:
+    """Bind what `spec` (a single port or path) says; raises `BindFailed` that says what is in the way.
+
+    Connections go to `way`, which is for streams only, else to `carriers`.
+    """
     if spec.protocol == "unix":
         path = _unix_socket(spec)
-        return StreamListener(spec, path.sock, carriers, path.close)
+        return StreamListener(spec, path.sock, way or carriers, path.close)
     sock = inherit(spec) or _bound_socket(spec)
     actual = replace(spec, port=sock.getsockname()[1])
     if spec.protocol == "tcp":
-        return StreamListener(actual, sock, carriers, sock.close)
+        return StreamListener(actual, sock, way or carriers, sock.close)
     return UdpListener(actual, sock, carriers)
 
 
@@ -109,7 +114,9 @@ def _bound_socket(spec: PublishSpec) -> socket.socket:
 class StreamListener:
     """A published TCP port or Unix socket. `release` frees it."""
 
-    def __init__(self, spec: PublishSpec, sock: socket.socket, carriers: Carriers, release: Callable[[], None]) -> None:
+    def __init__(
+        self, spec: PublishSpec, sock: socket.socket, carriers: Carriers | Way, release: Callable[[], None]
+    ) -> None:
         self.spec = spec
         self._sock = sock
         self._carriers = carriers

@@ -19,7 +19,7 @@ from typing import Final
 from netstack.api import Clock, Dialer
 from netstack.errors import ConfigError, HostError, NetstackError
 from netstack.observe.events import EventBus, ForwardAdded, ForwardRemoved
-from portfwd.carriers import Carriers, FindGuest
+from portfwd.carriers import Carriers, FindGuest, Way
 from portfwd.errors import AlreadyPublished, NotAllowed, TooMany
 from portfwd.listeners import Inherit, Listener, open_listener
 from portfwd.owners import SETTINGS, Owner
@@ -42,6 +42,8 @@ class Forward:
     listeners: tuple[Listener, ...]
     since: float
     """On the registry's clock."""
+    way: Way | None = None
+    """Where its connections go, when not by the registry's carriers."""
 
     @property
     def spec(self) -> PublishSpec:
@@ -101,8 +103,8 @@ class Registry:
             for listener in forward.listeners:
                 listener.start(loop)
 
-    def add(self, spec: PublishSpec, owner: Owner = SETTINGS) -> Forward:
-        """Publish `spec` for `owner`.
+    def add(self, spec: PublishSpec, owner: Owner = SETTINGS, *, way: Way | None = None) -> Forward:
+        """Publish `spec` for `owner`; `way` gets its connections (streams only), and is closed when the forward is removed.
 
         Raises `AlreadyPublished` when one of ours is in the way, `NotAllowed`, `TooMany`, other `ConfigError`s, and
         `BindFailed` for what the operating system says.
@@ -111,7 +113,7 @@ class Registry:
         listeners: list[Listener] = []
         try:
             for single in spec.each():
-                listeners.append(open_listener(single, self.carriers, self._inherit))  # noqa: PERF401  # closed if one fails
+                listeners.append(open_listener(single, self.carriers, self._inherit, way))  # noqa: PERF401  # closed if one fails
             if self._loop is not None:
                 for listener in listeners:
                     listener.start(self._loop)
@@ -119,7 +121,7 @@ class Registry:
             for listener in listeners:
                 listener.close()
             raise
-        forward = Forward(next(self._numbers), spec, owner, tuple(listeners), self._clock())
+        forward = Forward(next(self._numbers), spec, owner, tuple(listeners), self._clock(), way)
         self._forwards[forward.id] = forward
         if self._events is not None:
             self._events.emit(ForwardAdded(time=self._clock(), forward=str(forward), owner=str(owner)))
@@ -156,6 +158,8 @@ class Registry:
             return
         for listener in forward.listeners:
             listener.close()
+        if forward.way is not None:
+            forward.way.close()
         if self._events is not None:
             self._events.emit(ForwardRemoved(time=self._clock(), forward=str(forward), owner=str(forward.owner)))
         self.changed()

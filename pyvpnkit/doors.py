@@ -121,6 +121,7 @@ class Doors:
                 allowed_uids=control.users,
                 mounts=map(mount_routes, foreign),
                 hijacked=gvproxy_api.HIJACKED,
+                began=self._service.began,
             )
             self._control = await self._open.enter_async_context(server)
             self.where += server.addresses

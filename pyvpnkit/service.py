@@ -96,6 +96,7 @@ class Service:
         )
         self.registry.socket_directories = _socket_directories(settings)
         self._clock = clock
+        self.began = time.monotonic()
         self.state_directory: Path | None = None
         """Where leases, forwards made by hand and control.sock are; set it before entering."""
         self.state: State | None = None
@@ -381,8 +382,11 @@ class Service:
         self.settings = config.with_values(self.settings, new, now)
         return Reloaded(now=now, later=later, failed=[one for one in config.OPTIONS if one.key in failed])
 
-    def status(self) -> Mapping[str, Any]:
-        """What a person wants to know at a glance; text, numbers, lists and mappings only."""
+    def status(self, *, flows: bool = True) -> Mapping[str, Any]:
+        """What a person wants to know at a glance; text, numbers, lists and mappings only.
+
+        Without `flows` it takes no time, however many there are.
+        """
         return {
             **self.stack.status(),
             "listening": self.attachments.listening,
@@ -392,7 +396,7 @@ class Service:
             else [],
             "control": self.doors.where if self.doors is not None else [],
             "forwarder": self.plane.status() if self.plane is not None else "off",
-            "flows": [dataclasses.asdict(flow) for flow in self.stack.flows()],
+            **({"flows": [dataclasses.asdict(flow) for flow in self.stack.flows()]} if flows else {}),
             "capture": "off"
             if self._capture is None
             else f"{self._capture.path}: {self._capture.frames} frames, {self._capture.stopped or 'running'}",

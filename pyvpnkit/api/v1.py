@@ -120,7 +120,7 @@ class Api:
 
     def _status(self) -> dict[str, Any]:
         found = {
-            key: value for key, value in self._world.status().items() if key not in ("flows", "published", "control")
+            key: value for key, value in self._world.status(flows=False).items() if key not in ("published", "control")
         }
         return {
             "pid": os.getpid(),

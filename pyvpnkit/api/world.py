@@ -26,6 +26,6 @@ class World(Protocol):
         """What outlives the daemon; `None` where nothing does."""
         ...
 
-    def status(self) -> Mapping[str, Any]:
+    def status(self, *, flows: bool = True) -> Mapping[str, Any]:
         """Plain values."""
         ...
