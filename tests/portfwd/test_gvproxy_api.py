@@ -191,10 +191,12 @@ async def test_what_cannot_be_exposed(
     assert await api.all() == []
 
 
-async def test_an_ssh_tunnel_says_what_to_do_instead(api: Api, tmp_path: Path) -> None:
-    answer = await api.expose(str(tmp_path / "p.sock"), "ssh-tunnel://core@192.168.65.3/run/p.sock?key=/k", "unix")
-    assert answer.status == 500
-    assert b"ssh -N -L" in answer.body
+async def test_an_ssh_tunnel_without_its_key_is_not_exposed(api: Api, tmp_path: Path) -> None:
+    remote = f"ssh-tunnel://core@192.168.65.3/run/p.sock?key={tmp_path}/none"
+    answer = await api.expose(str(tmp_path / "p.sock"), remote, "unix")
+    words = f"ssh-tunnel: key {tmp_path}/none: No such file or directory; name a private key that this user may read"
+    failed(answer, 500, words)
+    assert await api.all() == []
 
 
 async def test_a_path_of_the_host_leads_to_a_port_of_the_guest(api: Api, tmp_path: Path) -> None:
