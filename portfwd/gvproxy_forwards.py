@@ -22,7 +22,8 @@ from portfwd.errors import AlreadyPublished, BindFailed, NotAllowed, TooMany
 from portfwd.owners import GVPROXY, SETTINGS, Owner
 from portfwd.registry import Forward, Registry
 from portfwd.spec import MAX_ANNOTATION, PublishSpec
-from portfwd.ssh_tunnel import Target, Tunnel, is_tunnel, masked
+from portfwd.ssh_target import Target, is_tunnel, masked
+from portfwd.ssh_tunnel import Tunnel
 from portfwd.vpnkit_api import listen_error
 
 MAX_PER_GUEST: Final = 64

@@ -129,10 +129,10 @@ def listen(path: Path) -> socket.socket:
     return listener
 
 
-@pytest.fixture(scope="module")
-def net(shared: World) -> Iterator[Net]:
+@contextlib.contextmanager
+def network(world: World) -> Iterator[Net]:
     require("ssh-keygen", "socat", "curl", "/usr/sbin/sshd")
-    directory, guest = shared.directory, shared.namespace()
+    directory, guest = world.directory, world.namespace()
 
     def keygen(name: str, passphrase: str = "") -> None:
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", passphrase, "-f", str(directory / name)], check=True)
@@ -146,12 +146,18 @@ def net(shared: World) -> Iterator[Net]:
         "PasswordAuthentication no\nKbdInteractiveAuthentication no\nPermitRootLogin yes\nPidFile none\n"
     )
     api = directory / "api.sock"
-    daemon = shared.daemon("--link", f"tap:netns={guest.name}", "--control-listen", f"unix:{api}")
+    daemon = world.daemon("--link", f"tap:netns={guest.name}", "--control-listen", f"unix:{api}")
     assert guest.udhcpc() == GUEST
-    yield Net(directory, shared.host, guest, api, daemon)
+    yield Net(directory, world.host, guest, api, daemon)
     assert daemon.stop() == 0
     assert "Traceback" not in daemon.said(), daemon.said()
     assert SECRET not in daemon.said() and quote(SECRET) not in daemon.said()
+
+
+@pytest.fixture(scope="module")
+def net(shared: World) -> Iterator[Net]:
+    with network(shared) as made:
+        yield made
 
 
 def test_curl_loads_from_a_web_server_at_a_path_in_the_guest(net: Net) -> None:
@@ -287,3 +293,23 @@ def test_unexpose_frees_the_path_and_ends_the_connection_with_its_last_client(ne
             assert client.recv(100) == b"still here"
             assert "Received disconnect" not in sshd.said()
         wait_until(lambda: "Received disconnect" in sshd.said(), LIMIT_S, sshd.said)
+
+
+def test_a_daemon_that_stops_ends_clients_that_are_carried_and_clients_that_wait(fresh: World) -> None:
+    with contextlib.ExitStack() as stack, network(fresh) as net:
+        stack.enter_context(serve(listen(net.directory / "stop-in-guest"), echo))
+        stack.enter_context(net.sshd("stop"))
+        for name, path in (("carried", f"{net.directory}/stop-in-guest"), ("waits", "/run/x.sock")):
+            remote = f"ssh-tunnel://root@{GUEST}:{22 if name == 'carried' else 23}{path}?key={net.directory}/key"
+            body = {"local": f"{net.directory}/{name}.sock", "remote": remote, "protocol": "unix"}
+            assert net.ask("/services/forwarder/expose", body) == (200, "")
+        carried, waits = (stack.enter_context(connect(f"{net.directory}/{name}.sock")) for name in ("carried", "waits"))
+        for client in (carried, waits):
+            client.sendall(b"one")
+        assert carried.recv(100) == b"one"
+        net.daemon.process.send_signal(signal.SIGTERM)
+        with pytest.raises(ConnectionResetError):
+            waits.recv(100)
+        with contextlib.suppress(ConnectionResetError):
+            assert carried.recv(100) == b""  # once its time of grace is over
+        assert net.daemon.process.wait(LIMIT_S) == 0
