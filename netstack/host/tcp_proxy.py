@@ -37,7 +37,7 @@ from netstack.host.tcp_time_wait import Note, TimeWait
 from netstack.host.tcp_to_guest import ToGuest
 from netstack.host.tcp_to_host import ToHost
 from netstack.host.timers import Timers
-from netstack.host.tunnels import Handshake
+from netstack.host.tunnels import TunnelHandshake
 from netstack.iface.interface import Packet
 from netstack.iface.neighbours import Neighbour
 from netstack.iface.output import Output
@@ -297,12 +297,12 @@ class TcpProxy:
         flow.syn = (seq, window, wire.parse_options(options))
         self.flows[key] = flow
         if service is not None:
-            self._connected(flow)
+            self.begun(flow)
             service(other, Endpoint(key[:4], int.from_bytes(key[8:10], "big")))
             return
         if tunnel is not None:
             flow.dialling(self.now + self.timeouts.tcp_connect_s)
-            Handshake(flow, tunnel, self.io, self.timers, self._connected, self.tunnel_refused).start(self.now)
+            TunnelHandshake(self, flow, tunnel).start(self.now)
             return
         try:
             prepare(sock)
@@ -316,7 +316,7 @@ class TcpProxy:
         except OSError as error:
             result = error.errno or errno.EIO
         if result in _CONNECTED:
-            self._connected(flow)
+            self.begun(flow)
             return
         flow.quoted = bytes(quoted[:60])
         if result not in _IN_PROGRESS:
@@ -338,9 +338,10 @@ class TcpProxy:
         elif mask & (ERROR | HANGUP) and not mask & 4:
             self.connect_failed(flow, errno.ECONNREFUSED)
         elif mask & 4:
-            self._connected(flow)
+            self.begun(flow)
 
-    def _connected(self, flow: TcpFlow) -> None:
+    def begun(self, flow: TcpFlow) -> None:
+        """The host is connected, and whoever stands in between has agreed: answer the guest."""
         seq, window, options = flow.syn
         conn = Connection.passive(self.isn(flow.key), seq, window, options, self.capacity(flow), self.mss(flow))
         flow.begin(conn)
@@ -392,8 +393,12 @@ class TcpProxy:
                 )
             )
 
-    def connect_failed(self, flow: TcpFlow, number: int) -> None:
-        """The host could not connect: RST, or the ICMP error that gives the guest the same errno (T03, T04, F14)."""
+    def connect_failed(self, flow: TcpFlow, number: int, reason: str = "") -> None:
+        """The host could not connect: RST, or the ICMP error that gives the guest the same errno (T03, T04, F14).
+
+        `reason` is for people, by default the errno's name; `number` is 0 where no errno fits: RST, whatever the reason.
+        """
+        reason = reason or errno.errorcode.get(number, str(number))
         code = _UNREACHABLE.get(number)
         neighbour = flow.neighbour
         self.counters.tcp_refused += 1
@@ -411,21 +416,10 @@ class TcpProxy:
                     protocol="tcp",
                     guest=str(guest),
                     remote=str(remote),
-                    reason=errno.errorcode.get(number, str(number)),
+                    reason=reason,
                 )
             )
-        flow.finish(f"connect: {errno.errorcode.get(number, number)}", reset_host=False)
-
-    def tunnel_refused(self, flow: TcpFlow, reason: str) -> None:
-        """The program of a tunnel does not take the connection: RST, whatever the reason (spec vpnkit 7.7)."""
-        self.counters.tcp_refused += 1
-        self.refuse_waiting(flow)
-        if self._events.wanted:
-            guest, remote = flow.endpoints()
-            self._events.emit(
-                FlowRefused(time=self.now, protocol="tcp", guest=str(guest), remote=str(remote), reason=reason)
-            )
-        flow.finish(reason, reset_host=False)
+        flow.finish(f"connect: {reason}", reset_host=False)
 
     def refuse_waiting(self, flow: FlowState) -> None:
         """RST for the guest's SYN that waits for an answer."""

@@ -8,29 +8,27 @@ document, each with its length before it (2 octets, little-endian):
 
 after which the socket carries the octets of the connection. Anything else it says, its silence and its end refuse the guest.
 
-The guest's SYN waits meanwhile as it does for a connect, with the same limit (`tcp_connect_s`) and the same ends: the flow is
-in the table already and owns the socket, so a RST of the guest, the limit and the end of the stack close it. `Handshake` is
-what the socket calls until then; afterwards it is the flow's alone. The answer is read by its exact length, so what the
-program says right behind it waits in the socket for the flow.
+How it goes on with the guest and the socket is told in `netstack.host.handshake`.
 
 States: CONNECTING (Linux has no event for a unix listener whose queue was full, so it is tried again after `RETRY_S`),
 ASKING (until the request is sent, then until the answer is there), and the end.
 
-Bounds: one handshake per flow, `MAX_ANSWER` octets of its answer.
+Bounds: `MAX_ANSWER` octets of its answer.
 """
 
 from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 from netstack.errors import HostError
-from netstack.host.io import HostIO
+from netstack.host.handshake import Handshake
 from netstack.host.tcp_flow import TcpFlow
-from netstack.host.timers import Entry, Timers
 from netstack.policy.egress import Tunnel
+
+if TYPE_CHECKING:
+    from netstack.host.tcp_proxy import TcpProxy
 
 RETRY_S: Final = 0.01
 """The first wait for a full queue; each further one is twice as long, up to `RETRY_MOST_S`."""
@@ -68,100 +66,63 @@ def check_answer(octets: bytes) -> None:
         raise HostError('its answer has no "accepted" that is true or false')
 
 
-class Handshake:
-    """See the module. One of `accepted(flow)` and `refused(flow, reason)` is called, unless the flow ends before."""
+class Question:
+    """The exchange: a request, an answer."""
 
-    def __init__(
-        self,
-        flow: TcpFlow,
-        tunnel: Tunnel,
-        io: HostIO,
-        timers: Timers,
-        accepted: Callable[[TcpFlow], None],
-        refused: Callable[[TcpFlow, str], None],
-    ) -> None:
-        self.timer_at = 0.0
-        self.timer_entry: Entry | None = None
-        self._flow = flow
-        self._sock: Any = flow.sock
-        self._path = tunnel.path
-        self._io = io
-        self._timers = timers
-        self._accepted = accepted
-        self._refused = refused
-        self._retry_s = RETRY_S
+    def __init__(self, tunnel: Tunnel) -> None:
+        self.done = False
         self._request = request(tunnel)
-        """What is still to be sent."""
         self._answer = b""
         self._wanted = _LENGTH
         """So many octets of the answer are known to come."""
 
+    def say(self) -> bytes:
+        said, self._request = self._request, b""
+        return said
+
+    def hear(self, octets: bytes) -> int:
+        taken = 0
+        while taken < len(octets) and not self.done:
+            part = octets[taken : taken + self._wanted - len(self._answer)]
+            taken += len(part)
+            self._answer += part
+            if len(self._answer) == self._wanted == _LENGTH:
+                length = int.from_bytes(self._answer, "little")
+                if length > MAX_ANSWER:
+                    raise HostError(f"its answer claims {length} octets")
+                self._wanted += length
+            if len(self._answer) == self._wanted:
+                check_answer(self._answer[_LENGTH:])
+                self.done = True
+        return taken
+
+
+class TunnelHandshake(Handshake):
+    """See the module."""
+
+    def __init__(self, proxy: TcpProxy, flow: TcpFlow, tunnel: Tunnel) -> None:
+        super().__init__(proxy, flow, Question(tunnel))
+        self._path = tunnel.path
+        self._retry_s = RETRY_S
+
     def start(self, now: float) -> None:
-        """Connect, and ask."""
+        """Connect, and ask; again when the program's queue was full, as perhaps it has room by now."""
         try:
-            self._start(now)
+            number = self._sock.connect_ex(self._path)
+            if number in _LATER:
+                self._proxy.timers.arm(now + self._retry_s, self)
+                self._retry_s = min(2 * self._retry_s, RETRY_MOST_S)
+                return
+            if number not in _CONNECTED:
+                raise OSError(number, _words(number))
+            self._say()
+            self._watch(write=bool(self._to_say))
         except (OSError, HostError) as error:
-            self._refuse(error)
+            self._failed(error)
 
-    def timer(self, now: float) -> None:
-        """The program's queue was full; perhaps it has room by now."""
-        if not self._flow.end:
-            self.start(now)
-
-    def ready(self, mask: int) -> None:
-        """The socket's edge-triggered event: send what is left, read what came."""
-        if self._flow.end:
-            return
-        try:
-            if self._ask() and self._hear():
-                self._io.unwatch(self._sock.fileno())
-                self._flow.watched = False
-                self._accepted(self._flow)
-        except (OSError, HostError) as error:
-            self._refuse(error)
-
-    def _start(self, now: float) -> None:
-        number = self._sock.connect_ex(self._path)
-        if number in _LATER:
-            self._timers.arm(now + self._retry_s, self)
-            self._retry_s = min(2 * self._retry_s, RETRY_MOST_S)
-            return
-        if number not in _CONNECTED:
-            raise OSError(number, _words(number))
-        self._ask()
-        self._io.watch(self._sock.fileno(), self.ready, write=bool(self._request))
-        self._flow.watched = True
-
-    def _ask(self) -> bool:
-        """Whether the whole request is sent."""
-        try:
-            while self._request:
-                self._request = self._request[self._sock.send(self._request) :]
-        except BlockingIOError:
-            return False
-        return True
-
-    def _hear(self) -> bool:
-        """Whether the program has accepted; not yet, when False. Raises what refuses."""
-        try:
-            while len(self._answer) < self._wanted:
-                octets = self._sock.recv(self._wanted - len(self._answer))
-                if not octets:
-                    raise HostError("it closed the connection without an answer")
-                self._answer += octets
-                if len(self._answer) == self._wanted == _LENGTH:
-                    length = int.from_bytes(self._answer, "little")
-                    if length > MAX_ANSWER:
-                        raise HostError(f"its answer claims {length} octets")
-                    self._wanted += length
-        except BlockingIOError:
-            return False
-        check_answer(self._answer[_LENGTH:])
-        return True
-
-    def _refuse(self, error: Exception) -> None:
+    def _failed(self, error: Exception) -> None:
         reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
-        self._refused(self._flow, f"tunnel {self._path}: {reason}")
+        self._proxy.connect_failed(self._flow, 0, f"tunnel {self._path}: {reason}")
 
 
 def _words(number: int) -> str:
