@@ -20,6 +20,9 @@ SYMMETRIC_PASSIVE: Final = 2
 CLIENT: Final = 3
 SERVER: Final = 4
 
+ALARM: Final = 3  # leap indicator: not synchronised (RFC 5905 figure 9)
+KISS_RATE: Final = b"RATE"  # reference id of a kiss-o'-death (RFC 5905 7.4, figure 13)
+
 UNIX_EPOCH_S: Final = 2_208_988_800  # RFC 5905 figure 4: 1970-01-01 in seconds since 1900
 
 _header = struct.Struct("!BBbbII4sQQQQ")

@@ -18,9 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from netstack.api import Endpoint
-from ntp import packet
+from ntp import limit, packet
+from ntp.hostclock import ClockState
 from ntp.packet import Packet
-from ntp.server import Server
+from ntp.server import LOCAL_STRATUM, Server
 
 GUEST = Endpoint.of("192.168.65.3", 40000)
 STAMP = 0xE000_0001_8000_0000
@@ -31,6 +32,10 @@ def asked(server: Server, request: bytes) -> list[Packet]:
     server.datagram(request, GUEST, answers.append)
     assert all(len(answer) == packet.SIZE for answer in answers)
     return [packet.parse(answer) for answer in answers]
+
+
+def counted(server: Server) -> dict[str, int]:
+    return {name: count for name, count in server.counters.items() if count}
 
 
 def ticking(*instants: float) -> Callable[[], float]:
@@ -59,18 +64,27 @@ def test_a_client_gets_the_time_in_its_own_version(version: int, mode: int, answ
 
 
 @pytest.mark.parametrize(
-    "tail", [b"", b"\0" * 20, b"\x01\x04\x00\x20" + bytes(28), bytes(1000)], ids=["none", "MAC", "extension", "long"]
+    "tail",
+    [b"", bytes(4), b"\0" * 20, b"\x01\x04\x00\x20" + bytes(28), bytes(1000)],
+    ids=["none", "crypto-NAK", "MAC", "extension", "long"],
 )
 def test_what_follows_the_header_is_not_answered(tail: bytes) -> None:  # P02: never longer than the question
     (answer,) = asked(Server(), packet.emit(Packet(transmit=STAMP)) + tail)
     assert answer.origin == STAMP
 
 
+@pytest.mark.parametrize("octets", [0, 1, 4, 12, 47, 49, 50, 51, 67, 1001])
+def test_lengths_that_cannot_be_get_nothing(octets: int) -> None:  # RFC 5905 7.5
+    server = Server()
+    assert asked(server, (packet.emit(Packet(transmit=STAMP)) + bytes(1000))[:octets]) == []
+    assert counted(server) == {"malformed": 1}
+
+
 @pytest.mark.parametrize("mode", [0, 2, 4, 5, 6, 7])
 def test_control_private_broadcast_and_answers_get_nothing(mode: int) -> None:  # P02
     server = Server()
     assert asked(server, packet.emit(Packet(mode=mode, transmit=STAMP))) == []
-    assert server.counters == {"answered": 0, "malformed": 0, "ignored": 1}
+    assert counted(server) == {"ignored": 1}
 
 
 def test_the_first_version_knew_no_modes() -> None:
@@ -85,7 +99,7 @@ def test_versions_that_do_not_exist_get_nothing(version: int) -> None:
 
 @given(st.binary(max_size=100))
 def test_any_octets_get_one_answer_or_none(octets: bytes) -> None:
-    assert len(asked(Server(), octets)) <= (len(octets) >= packet.SIZE)
+    assert len(asked(Server(), octets)) <= (len(octets) >= packet.SIZE and len(octets) % 4 == 0)
 
 
 @pytest.mark.parametrize("jump_s", [8 * 3600.0, 3600.0, -3600.0])
@@ -104,6 +118,79 @@ def test_the_time_goes_on_over_the_end_of_the_era() -> None:
     end = 2_085_978_496.0  # 2036-02-07 06:28:16 UTC
     (answer,) = asked(Server(ticking(end - 0.25, end + 0.25)), packet.emit(Packet(transmit=STAMP)))
     assert (answer.transmit - answer.receive) % 2**64 == 2**31
+
+
+# What is said of the host's clock
+
+
+@pytest.mark.parametrize(
+    ("state", "leap", "local", "dispersion_s"),
+    [
+        pytest.param(ClockState(synchronised=True, max_error_s=0.02), 0, False, 0.02, id="synchronised"),
+        pytest.param(ClockState(synchronised=True, max_error_s=0.02, leap=1), 1, False, 0.02, id="a second more"),
+        pytest.param(ClockState(synchronised=True, max_error_s=0.02, leap=2), 2, False, 0.02, id="a second less"),
+        pytest.param(ClockState(synchronised=True, max_error_s=0.0), 0, False, 0.001, id="just set"),
+        pytest.param(ClockState(synchronised=True, max_error_s=5.0), 0, False, 0.25, id="set hours ago"),
+        pytest.param(ClockState(synchronised=False, max_error_s=16.0), 0, True, 0.25, id="not synchronised"),
+        pytest.param(ClockState(synchronised=False, max_error_s=0.0), 0, True, 0.25, id="not synchronised, unknown"),
+        pytest.param(None, 0, True, 0.25, id="unknown"),
+    ],
+)
+def test_a_guest_hears_how_good_the_hosts_clock_is_and_may_use_it_always(
+    state: ClockState | None, leap: int, local: bool, dispersion_s: float
+) -> None:
+    (answer,) = asked(Server(host_state=lambda: state), packet.emit(Packet(transmit=STAMP)))
+    assert answer.leap == leap
+    assert (answer.stratum == LOCAL_STRATUM) is local
+    assert (answer.refid[:2] == bytes((127, 127))) is local
+    assert answer.root_delay / 2 + answer.root_dispersion == pytest.approx(dispersion_s * 2**16, abs=1)
+
+
+def test_the_kernel_is_asked_once_a_second_and_again_when_the_clock_was_set() -> None:
+    now, states = [1_700_000_000.0], [ClockState(synchronised=n % 2 == 0, max_error_s=0.1) for n in range(5)]
+    server = Server(lambda: now[0], host_state=lambda: states.pop(0))
+    heard = []
+    for at in (0.0, 0.5, 0.99, 1.0, 1.9, 3600.0, 0.0, 0.9, -3600.0):
+        now[0] = 1_700_000_000.0 + at
+        (answer,) = asked(server, packet.emit(Packet(transmit=STAMP)))
+        heard.append(answer.stratum == LOCAL_STRATUM)
+    assert heard == [False, False, False, True, True, False, True, True, False]
+    assert not states
+
+
+# Too many questions
+
+
+def test_who_asks_too_often_is_told_once_a_second_and_others_are_answered() -> None:  # RFC 5905 7.4
+    monotonic = [50.0]
+    server = Server(clock=lambda: monotonic[0])
+    request = packet.emit(Packet(version=3, poll=4, transmit=STAMP))
+    answers = [answer for _ in range(1000) for answer in asked(server, request)]
+    kiss = answers.pop()
+    assert len(answers) == limit.BURST and all(answer.stratum for answer in answers)
+    assert (kiss.leap, kiss.version, kiss.mode, kiss.stratum) == (packet.ALARM, 3, packet.SERVER, 0)
+    assert kiss.refid == packet.KISS_RATE and kiss.poll >= 6
+    assert kiss.origin == kiss.receive == kiss.transmit == STAMP, "it sets nobody's clock"
+    assert counted(server) == {"answered": limit.BURST, "limited": 1000 - limit.BURST, "kisses": 1}
+
+    other: list[bytes] = []
+    server.datagram(request, Endpoint.of("192.168.65.4", 123), other.append)
+    assert packet.parse(other[0]).stratum
+    monotonic[0] += 1.0
+    later = [answer for _ in range(1000) for answer in asked(server, request)]
+    assert [answer.stratum == 0 for answer in later] == [False] * int(limit.RATE_PER_S) + [True]
+
+
+def test_a_clock_that_is_set_does_not_change_how_often_one_may_ask() -> None:
+    now = [1_700_000_000.0]
+    server = Server(lambda: now[0], clock=lambda: 50.0)
+    request = packet.emit(Packet(transmit=STAMP))
+    for _ in range(limit.BURST):
+        (answer,) = asked(server, request)
+        assert answer.stratum
+        now[0] -= 3600
+    (kiss,) = asked(server, request)
+    assert kiss.stratum == 0
 
 
 # Real clients
