@@ -166,6 +166,9 @@ StreamHandler: TypeAlias = Callable[[asyncio.StreamReader, asyncio.StreamWriter,
 SocketHandler: TypeAlias = Callable[[socket.socket, Endpoint], None]
 """`handler(sock, source)` owns the connected, non-blocking stream socket of one TCP connection of a guest."""
 
+Intercept: TypeAlias = Callable[[Endpoint], SocketHandler | None]
+"""Who is to serve a guest's TCP connection to this destination in its place; `None` where nobody is. Must not raise."""
+
 
 class Services(Protocol):
     """What a service on one of the network's own addresses needs: the gateway's DNS, NTP, and what later comes there."""

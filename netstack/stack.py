@@ -27,6 +27,7 @@ from netstack.api import (
     Datagrams,
     Endpoint,
     GatewayForward,
+    Intercept,
     Link,
     SocketHandler,
     StreamHandler,
@@ -524,6 +525,13 @@ class Stack(Views):
     def serve_sockets(self, address: bytes, port: int, handler: SocketHandler) -> None:
         """The sockets of guests' connections to `address:port` are given to `handler`, for servers with protocols of their own."""
 
+        self.tcp.services[address, port] = self._giving(handler)
+
+    def stop_serving(self, address: bytes, port: int) -> None:
+        """New connections to `address:port` are refused; those that exist are their handler's. Harmless when repeated."""
+        self.tcp.services.pop((address, port), None)
+
+    def _giving(self, handler: SocketHandler) -> SocketHandler:
         def give(sock: socket.socket, source: Endpoint) -> None:
             try:
                 handler(sock, source)
@@ -531,7 +539,22 @@ class Stack(Views):
                 self._contain("service", error)
                 sock.close()
 
-        self.tcp.services[address, port] = give
+        return give
+
+    def intercept(self, ask: Intercept | None) -> None:
+        """Ask about each new TCP connection that may leave the network; the handler that `ask` names serves it, at once.
+
+        What is refused stays refused, and the host alias and the gateway's forwards are not asked about.
+        """
+        if ask is None:
+            self.tcp.intercept = None
+            return
+
+        def found(destination: Endpoint) -> SocketHandler | None:
+            handler = ask(destination)
+            return None if handler is None else self._giving(handler)
+
+        self.tcp.intercept = found
 
     # Into the guest (netstack.api.Dialer).
 

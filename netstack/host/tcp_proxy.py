@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
-from netstack.api import Endpoint
+from netstack.api import Endpoint, Intercept
 from netstack.errors import Malformed
 from netstack.flow.records import FlowRecord, flow_id, local_end, remote_end
 from netstack.host.io import ERROR, HANGUP, HostIO, first_source_port
@@ -100,6 +100,8 @@ class TcpProxy:
         """Flows to acknowledge at the end of the turn; one may be in it more than once."""
         self.services: dict[tuple[bytes, int], Callable[[Any, Endpoint], None]] = {}
         """`(address, port)` -> function that takes its end of a socket pair and the guest's endpoint."""
+        self.intercept: Intercept | None = None
+        """Asked about connections that would leave the network; who it names serves them as a service does."""
         self.budget = Budget(network.limits.max_memory)
         self.octets_of = OctetsOf(network.limits.flow_buffer, self.budget)
         self.batch = 0
@@ -282,6 +284,8 @@ class TcpProxy:
                 return
             if isinstance(decision, Rewrite):
                 target = decision.where
+            elif self.intercept is not None and (found := self.intercept(Endpoint(address, port))) is not None:
+                service = found
             elif isinstance(decision, Tunnel):
                 tunnel = decision
         try:
