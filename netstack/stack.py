@@ -131,6 +131,7 @@ class Stack(Views):
         self.on_work: Callable[[], None] = lambda: None
         """Called when something outside a turn (a service's answer, a dial) queued work: the owner calls `turn` soon."""
         self._port_number = 0
+        self._host_addresses: frozenset[bytes] = frozenset()
         self._lost: dict[bytes, float] = {}
         self._begun_anew: set[bytes] = set()
         """Addresses that were asked for by a guest without one, and that it has not used yet."""
@@ -589,6 +590,25 @@ class Stack(Views):
     def _work(self) -> None:
         if not self._in_turn:
             self.on_work()
+
+    # The host's own network.
+
+    def host_changed(self, local_addresses: frozenset[bytes]) -> int:
+        """The host's addresses (4 or 16 octets each, loopback too) are these now: TCP flows over an address that is gone are
+        reset, both ways; how many. All others go on; so do UDP and ping, whose sockets have no address of their own.
+        """
+        before, self._host_addresses = self._host_addresses, local_addresses
+        self.tcp.now = self.clock()
+        count = self.tcp.host_changed(before, local_addresses)
+        if count:
+            self._work()
+        return count
+
+    def egress_mtu(self, mtu: int | None) -> None:
+        """What fits the host's way out (octets, 576 at least), from now on: DHCP tells no guest more, and "fragmentation needed"
+        says so where the host itself did not. `None`: not known, as in the beginning."""
+        self.dhcp.highest_mtu = None if mtu is None else max(576, mtu)
+        self.output.egress_mtu = 0 if mtu is None else max(576, mtu)
 
     # The end.
 

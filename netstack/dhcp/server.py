@@ -135,6 +135,9 @@ class Server:
         self._to_us = {self._gateway, _BROADCAST_IP, network.network.broadcast_address.packed}
         self._search = network.search
         self._settings = _settings(network, routes)
+        self._mtu = network.mtu
+        self.highest_mtu: int | None = None
+        """No guest is told more, where there is such a limit: it may change while leases run, and counts at their renewal."""
 
     def handle(
         self,
@@ -366,12 +369,16 @@ class Server:
             value = hostname.encode() if code == Option.HOST_NAME else self._settings.get(code, b"")
             if code == Option.DOMAIN_SEARCH:
                 value = self._search_list(room)
-            elif code == Option.INTERFACE_MTU and request.mtu is not None:
-                value = struct.pack("!H", request.mtu)
+            elif code == Option.INTERFACE_MTU:
+                value = struct.pack("!H", self._mtu_for(request))
             if not value or code in options or dhcp.option_octets(value) > room:
                 continue  # an option without value is invalid, so what is not set is left out
             options[code] = value
             room -= dhcp.option_octets(value)
+
+    def _mtu_for(self, request: _Request) -> int:
+        mtu = self._mtu if request.mtu is None else request.mtu
+        return mtu if self.highest_mtu is None else min(mtu, self.highest_mtu)
 
     def _search_list(self, room: int) -> bytes:
         for count in range(len(self._search), 0, -1):

@@ -6,10 +6,13 @@ A record is made when somebody asks, from what the proxies keep anyway; nothing 
 from __future__ import annotations
 
 import hashlib
+import socket
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
+
+_MAPPED: Final = bytes(10) + b"\xff\xff"  # RFC 4291 2.5.5.2
 
 Protocol: TypeAlias = Literal["tcp", "udp", "icmp"]
 
@@ -58,6 +61,22 @@ def local_end(sock: Any) -> str:
 def remote_end(sock: Any) -> str:
     """The name of its other end; empty where it is not connected (yet, or any more)."""
     return _end(sock.getpeername)
+
+
+def local_address(sock: Any) -> bytes | None:
+    """The address of this host that a connected socket has, 4 or 16 octets; `None` where it has none that could go away: a
+    unix socket, loopback, not connected yet."""
+    try:
+        name = sock.getsockname()
+        if not isinstance(name, tuple) or not isinstance(name[0], str):
+            return None
+        family = socket.AF_INET6 if ":" in name[0] else socket.AF_INET
+        address = socket.inet_pton(family, name[0].partition("%")[0])
+    except OSError:
+        return None
+    if address[:12] == _MAPPED:
+        address = address[12:]
+    return None if (address[0] == 127 and len(address) == 4) or not any(address[:-1]) else address
 
 
 def _end(ask: Callable[[], Any]) -> str:

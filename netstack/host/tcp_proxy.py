@@ -25,7 +25,7 @@ from typing import Any, Final
 
 from netstack.api import Endpoint, Intercept
 from netstack.errors import Malformed
-from netstack.flow.records import FlowRecord, flow_id, local_end, remote_end
+from netstack.flow.records import FlowRecord, flow_id, local_address, local_end, remote_end
 from netstack.host.io import ERROR, HANGUP, HostIO, first_source_port
 from netstack.host.octets import Budget, OctetsOf
 from netstack.host.tcp_burst import Burst
@@ -531,6 +531,21 @@ class TcpProxy:
         for flow in list(self.flows.values()):
             if flow.key[:4] == ip:
                 flow.abort(reason)
+
+    def host_changed(self, before: frozenset[bytes], now: frozenset[bytes]) -> int:
+        """The host's addresses are now these: reset flows over one that is gone; how many.
+
+        A flow of a guest has an address the host had, since the kernel chose it. Of a published port's that is known only
+        where it was among those `before`: a client may have been led here under an address that is nobody's (TPROXY, AnyIP).
+        """
+        count = 0
+        for flow in list(self.flows.values()):
+            local = local_address(flow.sock)
+            if local is None or local in now or (flow.inbound and local not in before):
+                continue
+            flow.abort("host address is gone")
+            count += 1
+        return count
 
     def close(self, reason: str = "shutting down") -> None:
         for flow in list(self.flows.values()):

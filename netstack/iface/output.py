@@ -16,6 +16,7 @@ from netstack.ip.ipv4 import fragment
 from netstack.observe.metrics import Counters, Drop
 from netstack.settings import Network
 from netstack.wire import arp, ethernet
+from netstack.wire import icmp as wire_icmp
 
 _PENDING_ADDRESSES = 64
 
@@ -43,6 +44,8 @@ class Output:
         self._pending: dict[bytes, _Pending] = {}
         self.ask_at = 0.0
         """When to ask again for an unresolved address; 0 when nothing is pending."""
+        self.egress_mtu = 0
+        """What fits the host's way out, for packets of which the host said only that they do not; 0: not known."""
 
     def neighbour(self, ip: bytes) -> Neighbour | None:
         """The guest at `ip`, if it is known."""
@@ -116,6 +119,10 @@ class Output:
         mtu: int = 0,
     ) -> None:
         """The same about a packet of which only the beginning (header and 8 octets at least) was kept."""
+        if mtu <= 0 and kind == wire_icmp.UNREACHABLE and code == wire_icmp.FRAGMENTATION_NEEDED:
+            # A packet that would have fit there was too long for something further on: `icmp.error` guesses then.
+            if len(quoted) >= 4 and int.from_bytes(quoted[2:4], "big") > self.egress_mtu:
+                mtu = self.egress_mtu
         message = icmp.error(kind, code, memoryview(quoted), mtu=mtu)
         if message is None:
             return

@@ -104,6 +104,26 @@ class CaptureStopped(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HostNetworkChanged(Event):
+    """The host's own network: a VPN came or went, a cable was pulled, the machine slept."""
+
+    reasons: tuple[str, ...]
+    """Of `addresses`, `routes`, `egress`, `ipv6`, `resolvers`, `slept`, `stopped`, `clock set`."""
+    appeared: tuple[str, ...] = ()
+    """Addresses that are new."""
+    vanished: tuple[str, ...] = ()
+    new_routes: tuple[str, ...] = ()
+    """Some of them, where they are many."""
+    lost_routes: tuple[str, ...] = ()
+    interface: str = ""
+    """Which leads out now; empty for none."""
+    mtu: int = 0
+    missed_s: float = 0.0
+    """Time that went by unseen; for `clock set` the step."""
+    flows_reset: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Contained(Event):
     """A bug of ours ended one flow; the traceback is in the log once."""
 
