@@ -24,7 +24,7 @@ ROUTES_TOLD = 16
 
 
 class Follow:
-    """See the module. `forget` is called on each change, before anything else, and must not raise.
+    """See the module. `forget` is called on each change; it must not raise.
 
     With `mtu` (the setting `mtu: auto`) guests are told the way out's MTU.
     """
@@ -61,7 +61,6 @@ class Follow:
     def changed(self, change: Change) -> None:
         """The host's network is another one now."""
         self.changes += 1
-        self._forget()
         now = change.now
         reset = self._take_over()
         event = HostNetworkChanged(
@@ -78,6 +77,7 @@ class Follow:
         )
         log.info("%s", words(event))
         self._stack.events.emit(event)
+        self._forget()
 
     def _take_over(self) -> int:
         now = self.watch.snapshot
