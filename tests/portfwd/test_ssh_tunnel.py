@@ -318,6 +318,45 @@ async def test_an_answer_arrives_from_a_server_that_reads_no_more(place: Place) 
             assert await reader.read(1) == b""
 
 
+async def test_what_the_guest_sent_before_it_closed_is_not_lost_to_a_client_that_still_sends(place: Place) -> None:
+    async def leave(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        writer.write(bytes(600_000))  # more than sockets hold, less than the window
+        await writer.drain()
+
+    await place.serve(leave)
+    place.expose()
+    client = socket.socket(socket.AF_UNIX)
+    with client:
+        client.connect(str(place.directory / "host.sock"))
+        client.setblocking(False)
+        loop = asyncio.get_running_loop()
+        await loop.sock_sendall(client, b"x")
+        await until(lambda: bool(place.guest.connections) and place.tunnel.carried == 1)
+        upload = loop.create_task(loop.sock_sendall(client, bytes(4_000_000)))
+        await until(lambda: not place.guest.connections[0]._channels)
+        got = 0
+        async with asyncio.timeout(LIMIT_S):
+            with contextlib.suppress(ConnectionResetError):
+                while octets := await loop.sock_recv(client, 65536):
+                    got += len(octets)
+        assert got == 600_000
+        upload.cancel()
+        await asyncio.gather(upload, return_exceptions=True)
+
+
+async def test_a_channel_that_sshd_closed_holds_no_place(place: Place) -> None:
+    await place.serve()
+    place.expose()
+    async with place.client() as (reader, writer):
+        writer.write(b"x")
+        assert await reader.read(1) == b"x"
+        (channel,) = place.guest.connections[0]._channels.values()
+        channel.close()
+        assert await reader.read(1) == b""
+        await until(lambda: not place.tunnel._clients)
+
+
 async def test_a_client_that_leaves_is_an_end_in_the_guest(place: Place) -> None:
     over = asyncio.Event()
 
