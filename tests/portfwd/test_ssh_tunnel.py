@@ -236,9 +236,6 @@ async def place(tmp_path: Path) -> AsyncIterator[Place]:
     await asyncio.sleep(0)  # transports close in the loop's next turn
 
 
-# What can be exposed.
-
-
 @pytest.mark.parametrize("kind", ["none", "directory", "pipe", "long"])
 def test_a_key_that_cannot_be_read_is_said_at_once(tmp_path: Path, kind: str) -> None:
     path = tmp_path / kind
@@ -551,9 +548,6 @@ async def test_a_guest_that_is_gone_without_a_word_is_found_out(place: Place, mo
         place.guest.connections[0]._transport.pause_reading()  # the rest of the world stands still
         with contextlib.suppress(ConnectionResetError):
             assert await reader.read(1) == b""
-
-
-# The end.
 
 
 async def test_removal_resets_who_still_waits(place: Place) -> None:
