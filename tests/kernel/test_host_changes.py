@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import select
 import signal
@@ -244,6 +245,7 @@ def test_a_datagram_too_long_for_the_vpn_is_told_what_fits(vpn: Place) -> None:
         sock.setsockopt(socket.IPPROTO_IP, ip_mtu_discover, do)
         sock.send(bytes(VPN_MTU))
         wait_until(lambda: sock.getsockopt(socket.IPPROTO_IP, ip_mtu) == VPN_MTU)
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.EMSGSIZE, "the ICMP error was heard"
         with pytest.raises(OSError, match="too long"):
             sock.send(bytes(VPN_MTU))
         sock.send(bytes(VPN_MTU - 28))
@@ -262,7 +264,7 @@ def test_a_file_of_resolvers_that_changes_is_an_event(place: Place) -> None:
     known = len(place.events())
     path = place.daemon.log.with_name("resolv.conf")
     path.write_text("nameserver 127.0.0.99\n")
-    place.wait_event("(resolvers)", after=known)
+    place.wait_event("resolvers", after=known)
 
 
 def test_a_daemon_that_was_stopped_for_a_while_knows_it(place: Place) -> None:
