@@ -7,9 +7,10 @@ are `bytes` in network order (4 octets for IPv4), ports are ints.
 from __future__ import annotations
 
 import asyncio
+import enum
 import socket
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import IPv4Network, IPv6Network
 from typing import Any, Final, Protocol, TypeAlias, runtime_checkable
 
@@ -239,6 +240,55 @@ class TunnelRule:
         return f"{self.prefix}:{self.port or '*'} -> {self.path}"
 
 
+class Way(enum.Enum):
+    """A way out without a proxy."""
+
+    DIRECT = "direct"
+    REFUSE = "refuse"
+
+
+@dataclass(frozen=True, slots=True)
+class OutwardProxy:
+    """A proxy through which guests' connections leave the host; neither `str` nor `repr` shows its credentials."""
+
+    scheme: str
+    """`socks5`, `socks5h` (the proxy resolves names) or `http` (CONNECT)."""
+    host: str
+    """A numeric address, or a name that the host resolves."""
+    port: int
+    user: str = field(default="", repr=False)
+    password: str = field(default="", repr=False)
+
+    @property
+    def by_name(self) -> bool:
+        """It is told names rather than addresses, where they are known."""
+        return self.scheme != "socks5"
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{'***@' if self.user else ''}{host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class WayOutRule:
+    """Guests' connections to `prefix`, or to `domain` and below, or to all, at `port` (0: any) leave by `way`."""
+
+    prefix: IPv4Network | IPv6Network | None
+    domain: str
+    port: int
+    way: OutwardProxy | Way
+
+    @property
+    def match(self) -> str:
+        """What it matches, as text."""
+        to = self.domain or (str(self.prefix) if self.prefix is not None else "*")
+        to = f"[{to}]" if ":" in to else to
+        return f"{to}:{self.port}" if self.port else to
+
+    def __str__(self) -> str:
+        return f"{self.match} -> {self.way.value if isinstance(self.way, Way) else self.way}"
+
+
 class Outgoing(Protocol):
     """Where guests' new flows are led elsewhere; flows that exist go on. From the event loop's thread."""
 
@@ -248,6 +298,11 @@ class Outgoing(Protocol):
 
     def tunnel(self, rules: Sequence[TunnelRule]) -> None:
         """Have these tunnels, in place of those before. The first that matches wins."""
+        ...
+
+    def go_out(self, rules: Sequence[WayOutRule], *, fail_open: bool = False, datagrams: bool = False) -> None:
+        """Have these ways out, in place of those before. The first that matches wins; with `fail_open` connections go
+        directly where a proxy cannot be reached, with `datagrams` so do datagrams and pings where a rule names a proxy."""
         ...
 
 

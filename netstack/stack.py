@@ -29,13 +29,16 @@ from netstack.api import (
     GatewayForward,
     Intercept,
     Link,
+    OutwardProxy,
     SocketHandler,
     StreamHandler,
     TunnelRule,
+    WayOutRule,
 )
 from netstack.dhcp.leases import Leases
 from netstack.dhcp.server import Server as DhcpServer
 from netstack.errors import LinkDown, Malformed
+from netstack.host.handshake import Handshake
 from netstack.host.icmp_proxy import IcmpProxy
 from netstack.host.io import READ, HostIO, native_io
 from netstack.host.tcp_flow_state import FlowState
@@ -325,7 +328,7 @@ class Stack(Views):
                     ready(mask)
                 except Exception as error:  # contained: one event; a flow's is reset
                     owner = getattr(ready, "__self__", None)
-                    if isinstance(owner, FlowState):
+                    if isinstance(owner, FlowState | Handshake):
                         self._contain_flow(owner, error)
                     else:
                         self._contain("event", error)
@@ -586,6 +589,11 @@ class Stack(Views):
     def tunnel(self, rules: Sequence[TunnelRule]) -> None:
         """Have these tunnels for outgoing TCP; see `netstack.api.Outgoing`."""
         self.egress.tunnels.replace(rules)
+
+    def go_out(self, rules: Sequence[WayOutRule], *, fail_open: bool = False, datagrams: bool = False) -> None:
+        """Have these ways out; see `netstack.api.Outgoing`."""
+        self.egress.ways_out.replace(rules, fail_open=fail_open, datagrams=datagrams)
+        self.tcp.upstreams.keep(rule.way for rule in rules if isinstance(rule.way, OutwardProxy))
 
     def _work(self) -> None:
         if not self._in_turn:

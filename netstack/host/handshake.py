@@ -96,10 +96,13 @@ class Handshake:
         self._say()
         while not exchange.done and self._hear():
             self._say()
-        if exchange.done:
-            self._proxy.timers.forget(self)
-            self._unwatch()
-            self._proxy.begun(self._flow)
+        if exchange.done and not self._to_say:
+            self._begun()
+
+    def _begun(self) -> None:
+        """All is said: the socket is the flow's."""
+        self._unwatch()
+        self._proxy.begun(self._flow)
 
     def _watch(self, *, write: bool) -> None:
         self._proxy.io.watch(self._sock.fileno(), self.ready, write=write)

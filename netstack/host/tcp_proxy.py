@@ -4,7 +4,8 @@ Theory of operation. A SYN without a flow asks the policy where it may go, takes
 waits without an answer (its SYN retransmissions are absorbed) until the host has decided: connected becomes SYN-ACK, refused
 RST, unreachable an ICMP error. A published port comes the other way: the accepted socket is given to `dial` and we send the
 SYN. Connections to services on the network's own addresses run over a socket pair whose other end the service serves, and
-where a tunnel takes one the host socket is a unix socket (`netstack.host.tunnels`).
+where a tunnel takes one the host socket is a unix socket (`netstack.host.tunnels`). On a way out it is connected to a proxy
+(`netstack.host.ways_out`).
 
 Table: `flows` by the 12 octets of the guest's segments. A connection that has ended keeps only a note in `TIME-WAIT` (bounded,
 oldest first out), enough to answer a repeated FIN; a new SYN there opens a new connection (T17).
@@ -38,12 +39,14 @@ from netstack.host.tcp_to_guest import ToGuest
 from netstack.host.tcp_to_host import ToHost
 from netstack.host.timers import Timers
 from netstack.host.tunnels import TunnelHandshake
+from netstack.host.ways_out import CONNECTED, IN_PROGRESS, OutwardHandshake, Upstreams
 from netstack.iface.interface import Packet
 from netstack.iface.neighbours import Neighbour
 from netstack.iface.output import Output
 from netstack.observe.events import EventBus, FlowClosed, FlowOpened, FlowRefused
 from netstack.observe.metrics import Counters, Drop
 from netstack.policy.egress import Answer, Deny, Egress, Rewrite, Tunnel
+from netstack.policy.ways_out import Outward
 from netstack.settings import Network
 from netstack.tcp.connection import Connection
 from netstack.tcp.seq import MASK
@@ -64,8 +67,6 @@ _UNREACHABLE: Final = {
     errno.EPERM: icmp.ADMINISTRATIVELY_PROHIBITED,
 }
 """ICMP destination-unreachable codes for what a host connect says (RFC 792, RFC 1812)."""
-_IN_PROGRESS: Final = frozenset((errno.EINPROGRESS, errno.EALREADY, errno.EINTR))
-_CONNECTED: Final = frozenset((0, errno.EISCONN))
 _DESCRIPTORS: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 
 
@@ -108,7 +109,7 @@ class TcpProxy:
         """Number of the batch of frames that is being taken apart."""
         self.accepting = True
         self._mtu = network.mtu
-        self._egress = egress
+        self.egress = egress
         self._events = events
         self._rng = rng
         self.timers = timers
@@ -116,6 +117,7 @@ class TcpProxy:
         self._secret = rng.randbytes(16)
         self.time_wait = TimeWait()
         self._bursts: dict[tuple[int, int], Burst] = {}
+        self.upstreams = Upstreams()
         self.forwards = Forwards(self, network.gateway_bytes, rng.randrange(49152, 65536))
 
     # What flows use.
@@ -266,14 +268,16 @@ class TcpProxy:
             self.counters.drops[Drop.TCP_LIMIT] += 1
             self._refuse(neighbour, key, seq, "too many flows")
             return
-        egress = self._egress
+        egress = self.egress
         service = self.services.get((address, port))
         if service is not None and egress.overrides(6, address, port):
             service = None
         target: tuple[str, int] | None = None
         tunnel: Tunnel | None = None
+        outward: Outward | None = None
         if service is None:
-            decision = egress.tunnelled(address, port) if egress.tunnels else egress.decide(6, address, port)
+            led = egress.tunnels or egress.ways_out
+            decision = egress.led(address, port) if led else egress.decide(6, address, port)
             if isinstance(decision, Deny):
                 self.counters.drops[Drop.POLICY] += 1
                 if decision.answer is Answer.PROHIBITED and address[0] == 127:
@@ -288,6 +292,8 @@ class TcpProxy:
                 service = found
             elif isinstance(decision, Tunnel):
                 tunnel = decision
+            elif isinstance(decision, Outward):
+                outward = decision
         try:
             if service is not None:
                 sock, other = self._pair()
@@ -308,22 +314,25 @@ class TcpProxy:
             flow.dialling(self.now + self.timeouts.tcp_connect_s)
             TunnelHandshake(self, flow, tunnel).start(self.now)
             return
+        if outward is not None:
+            flow.quoted = bytes(quoted[:60])
+            OutwardHandshake(self, flow, outward).start(self.now)
+            return
+        self.dial(flow, (socket.inet_ntoa(address), port) if target is None else target, quoted)
+
+    def dial(self, flow: TcpFlow, where: tuple[str, int], quoted: memoryview | bytes) -> None:
+        """Connect the flow's fresh socket to `where`; `quoted` is the guest's SYN."""
+        sock = flow.sock
         try:
             prepare(sock)
-            where = (socket.inet_ntoa(address), port) if target is None else target
-            result = sock.connect_ex(where)
-            if result in _IN_PROGRESS:
-                # On loopback the second call already knows; that saves a turn of the loop.
-                result = sock.connect_ex(where)
-            if result in _CONNECTED and port >= self._source_ports and sock.getsockname() == where:
-                result = errno.ECONNREFUSED  # nobody listens: the socket has met itself (RFC 9293 3.5, both sides open)
+            result = self.connect(sock, where)
         except OSError as error:
             result = error.errno or errno.EIO
-        if result in _CONNECTED:
+        if result in CONNECTED:
             self.begun(flow)
             return
         flow.quoted = bytes(quoted[:60])
-        if result not in _IN_PROGRESS:
+        if result not in IN_PROGRESS:
             self.connect_failed(flow, result)
             return
         try:
@@ -333,6 +342,16 @@ class TcpProxy:
             return
         flow.watched = True
         flow.dialling(self.now + self.timeouts.tcp_connect_s)
+
+    def connect(self, sock: Any, where: tuple[str, int]) -> int:
+        """Connect; the errno, one of `CONNECTED` or `IN_PROGRESS` where there is none. Raises `OSError`."""
+        result: int = sock.connect_ex(where)
+        if result in IN_PROGRESS:
+            # On loopback the second call already knows; that saves a turn of the loop.
+            result = sock.connect_ex(where)
+        if result in CONNECTED and where[1] >= self._source_ports and sock.getsockname()[:2] == where:
+            return errno.ECONNREFUSED  # nobody listens: the socket has met itself (RFC 9293 3.5, both sides open)
+        return result
 
     def connected(self, flow: TcpFlow, mask: int) -> None:
         """A connect was pending and its socket is ready: it has succeeded or failed."""

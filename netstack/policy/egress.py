@@ -7,6 +7,7 @@ DNS answer or a literal in another notation cannot lead around it (spec threats 
 - `Rewrite(endpoint)`: the host alias, by which the guest means the host's loopback, or a port of the gateway that leads
   elsewhere (`netstack.policy.gateway_forwards`);
 - `Tunnel(path, endpoint)`: TCP alone; a program on the host takes the connection (`netstack.policy.tunnels`);
+- `Outward(proxy, endpoint, name)`: TCP alone; through a proxy (`netstack.policy.ways_out`);
 - `Deny(reason, answer)`: no socket is opened; `answer` says how the guest is told.
 
 Rules, first match wins (DESIGN 9, threats 3.6). An IPv6 address that carries an IPv4 address (mapped, translated,
@@ -21,6 +22,8 @@ compatible, NAT64, 6to4, Teredo, ISATAP) must pass the rules as that IPv4 addres
 A tunnel is no way around this: a rule for a wide prefix takes only what may leave, and the rest stays refused. A rule for one
 single address is the operator's word that guests may speak to it, as `allow` is, so it takes metadata services, link-local
 and own addresses too; never loopback in the guest's own notation, and nothing of the virtual network.
+
+Ways out are asked about what may leave, and nothing else.
 """
 
 from __future__ import annotations
@@ -31,10 +34,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
-from netstack.api import Endpoint
+from netstack.api import Endpoint, Way
 from netstack.errors import ConfigError
 from netstack.policy.gateway_forwards import GatewayForwards
 from netstack.policy.tunnels import Tunnels
+from netstack.policy.ways_out import Outward, Ways
 from netstack.settings import Network
 
 LOOPBACK: Final = bytes((127, 0, 0, 1))
@@ -97,6 +101,10 @@ _ROUTED: Final = Deny("a prefix routed to a guest is not on the host", Answer.UN
 _BROADCAST: Final = Deny("broadcast does not leave the virtual network", Answer.SILENT)
 _MULTICAST: Final = Deny("multicast does not leave the virtual network", Answer.SILENT)
 _OWN: Final = Deny("the host's own address", Answer.PROHIBITED)
+_WAY_REFUSES: Final = Deny("a way-out rule refuses it", Answer.REFUSED)
+_NO_WAY_OUT: Final = Deny("a way-out rule refuses it", Answer.PROHIBITED)
+_NO_DATAGRAMS: Final = Deny("the proxy on the way out carries TCP alone", Answer.PROHIBITED)
+_TCP: Final = 6
 
 
 def _deny(reason: str) -> Deny:
@@ -192,6 +200,7 @@ class Egress:
         self._rewrites: dict[int, Rewrite] = {}
         self.gateway_forwards = GatewayForwards()
         self.tunnels = Tunnels()
+        self.ways_out = Ways()
 
     def refuse(self, addresses: Iterable[bytes]) -> None:
         """Deny these destinations too (4 or 16 octets each), in place of those given before: the host's own."""
@@ -204,6 +213,14 @@ class Egress:
         `protocol` is the IP protocol number, `destination` the numeric address in network order, `port` 0 where the
         protocol has none.
         """
+        decision = self._decide(protocol, destination, port)
+        if self.ways_out and protocol != _TCP and not isinstance(decision, Deny):
+            way = self._way(decision, destination, port)
+            if way is Way.REFUSE or (isinstance(way, Outward) and not self.ways_out.datagrams):
+                return _NO_WAY_OUT if way is Way.REFUSE else _NO_DATAGRAMS
+        return decision
+
+    def _decide(self, protocol: int, destination: bytes, port: int) -> Decision:
         verdict = self._verdicts.get(destination)
         if verdict is not None:
             return verdict
@@ -226,11 +243,24 @@ class Egress:
         """Whether a service of ours there stands back for a gateway forward."""
         return destination == self._gateway and self.gateway_forwards.find(protocol, port) is not None
 
-    def tunnelled(self, destination: bytes, port: int) -> Decision | Tunnel:
-        """As `decide` for a TCP connection, where there are tunnels."""
-        decision = self.decide(6, destination, port)
+    def led(self, destination: bytes, port: int) -> Decision | Tunnel | Outward:
+        """As `decide` for a TCP connection, where there are tunnels or ways out. A tunnel goes first."""
+        decision = self._tunnelled(destination, port)
+        if not self.ways_out or isinstance(decision, Deny | Tunnel):
+            return decision
+        way = self._way(decision, destination, port)
+        if way is Way.REFUSE:
+            return _WAY_REFUSES
+        return decision if way is Way.DIRECT else way
+
+    def _way(self, decision: Allow | Rewrite, destination: bytes, port: int) -> Outward | Way:
         endpoint = decision.endpoint if isinstance(decision, Rewrite) else Endpoint(bytes(destination), port)
-        rule = self.tunnels.find(endpoint)
+        return self.ways_out.find(endpoint)
+
+    def _tunnelled(self, destination: bytes, port: int) -> Decision | Tunnel:
+        decision = self._decide(_TCP, destination, port)
+        endpoint = decision.endpoint if isinstance(decision, Rewrite) else Endpoint(bytes(destination), port)
+        rule = self.tunnels.find(endpoint) if self.tunnels else None
         if rule is None:
             return decision
         if isinstance(decision, Deny):

@@ -1,7 +1,7 @@
 """Which outgoing TCP connections go to a program on the host instead: VPNKit's `--forwards` (spec vpnkit 7.7).
 
 Rules are looked at in order with the final numeric destination, so 127.0.0.1 for what the guest addressed to the host alias.
-Pure. The egress policy decides what a rule may do about a destination that it refuses (`Egress.tunnelled`).
+Pure. The egress policy decides what a rule may do about a destination that it refuses (`Egress.led`).
 """
 
 from __future__ import annotations
