@@ -1,0 +1,41 @@
+"""The way each server is asked, where that is not plain UDP and TCP (`dns.servers.AskerFor`)."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from dns.forwarder import Forwarder
+from dns.host_mode import HostMode
+from dns.servers import HOST, Asker, AskerFor, Server, Source
+from dns.tls import Certificates, TlsAsker
+
+
+class Relay:
+    """A `dns.servers.Asker` of whoever `source` says at the moment."""
+
+    def __init__(self, source: Source, counters: Counter[str] | None = None) -> None:
+        self._forwarder = Forwarder(source, Counter() if counters is None else counters)
+
+    async def ask(self, query: bytes, end: int) -> bytes:
+        return (await self._forwarder.ask_stream(query, end))[0]
+
+    def close(self) -> None:
+        self._forwarder.close()
+
+
+def askers(
+    others: Source | None = None, *, cafile: str | None = None, counters: Counter[str] | None = None
+) -> AskerFor:
+    """Servers with a name for TLS are asked over it, and `servers.HOST` is getaddrinfo(3).
+
+    `others` says whom to ask what getaddrinfo cannot be asked (`HostResolvers.resolv_conf`). `cafile` has the authorities to trust
+    instead of the host's. `counters` takes those of `HostMode`.
+    """
+    certificates = Certificates(cafile)
+
+    def asker_for(server: Server) -> Asker | None:
+        if server.upstream == HOST:
+            return HostMode(counters, other=None if others is None else Relay(others))
+        return TlsAsker(server, certificates) if server.tls else None
+
+    return asker_for
