@@ -142,6 +142,31 @@ def wire_name(text: str) -> bytes:
     return bytes(wire)
 
 
+def expand(message: bytes, at: int) -> bytes:
+    """The name at `at` without compression, in the case it has. Each pointer must lead further back than where its chain
+    began, so none leads in a circle. Raises `Malformed`.
+    """
+    name = bytearray()
+    limit = at
+    try:
+        while length := message[at]:
+            if length >= 0xC0:
+                at = (length & 0x3F) << 8 | message[at + 1]
+                if not HEADER <= at < limit:
+                    raise Malformed("dns: a compression pointer does not lead back")
+                limit = at
+                continue
+            if length > 63:
+                raise Malformed("dns: unknown label type")
+            name += message[at : at + 1 + length]
+            at += 1 + length
+            if at > len(message) or len(name) >= MAX_NAME:
+                raise Malformed("dns: name cut short or longer than 255 octets")
+    except IndexError:
+        raise Malformed("dns: name cut short") from None
+    return bytes(name) + b"\0"
+
+
 def _skip_name(message: bytes, at: int) -> int:
     while length := message[at]:
         if length >= 0xC0:
@@ -152,7 +177,7 @@ def _skip_name(message: bytes, at: int) -> int:
     return at + 1
 
 
-def _record_ends(message: bytes, at: int) -> Iterable[tuple[int, int, int]]:
+def records(message: bytes, at: int) -> Iterable[tuple[int, int, int]]:
     """`(start, end of owner, end)` of each record the header counts, in order. Raises `Malformed` where one is cut short."""
     counts = _header.unpack_from(message)
     for _ in range(counts[3] + counts[4] + counts[5]):
@@ -172,7 +197,7 @@ def _opt(message: bytes, end: int) -> tuple[int, int] | None:
     if not (message[10] or message[11]):
         return None
     try:
-        for start, owner, after in _record_ends(message, end):
+        for start, owner, after in records(message, end):
             if owner == start + 1 and message[owner] == 0 and message[owner + 1] == OPT:
                 return start, after
     except Malformed:
@@ -236,7 +261,7 @@ def fit(message: bytes, limit: int) -> bytes:
         tail = b"" if opt is None or end + opt[1] - opt[0] > limit else message[opt[0] : opt[1]]
         answers = (message[6] << 8) | message[7]
         kept, at = 0, end
-        for _start, _owner, after in _record_ends(message, end) if answers else ():
+        for _start, _owner, after in records(message, end) if answers else ():
             if kept == answers or after + len(tail) > limit:
                 break
             kept, at = kept + 1, after

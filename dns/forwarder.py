@@ -1,41 +1,57 @@
 """Relays queries to the host's resolvers and brings their answers back, as they are.
 
-Theory of operation. `ask` takes one query; an object for it stays in `_asked` until its answer, a failure, or the end of its
-time. The first server is asked at once. Each time it has kept quiet for `server_s`, the next is asked as well, round and round;
-sockets of earlier tries stay open, so a slow answer is as good as a quick one. A server that fails at once (port closed, no
-route) or says SERVFAIL or REFUSED is struck from this query's list and the next asked without waiting; when all have, the last
-such answer is passed on, because it says more than ours. When `TOTAL_S` is over, or nobody is left to ask, the answer is
-SERVFAIL: a guest is never left in the dark, and within the 5 s its own resolver waits (threats N2, F12).
+Theory of operation. `ask` takes one query. What `dns.cache` has is answered at once; a question that is on its way already
+waits for that answer (RFC 5452 5: many equal questions at once are what a forger wants). Else `dns.rules` says which groups of
+servers may be asked, and an `Asked` stays in `_asked` until its answer, a failure, or the end of its time:
 
-Three unanswered tries in a row make a server *silent*: it is asked last for `SILENT_S`, so that a dead server costs a few
-queries a second and a half and not each of them. One slow name does not do that, since other answers of the server reset it.
+    ask -> group 0, all servers together -> records ----------------------------------------> answered
+                |                            a denial: held `HOLD_S` for others of the group -> answered, with the best
+                |-- all failed (closed port, SERVFAIL, REFUSED) -> group 1 at once -> ...    -> the last failure, else SERVFAIL
+                `-- quiet for `RETRY_S` -> asked again, on a fresh port under a fresh id, and group 1 as well -> ...
+
+Sockets of earlier tries stay open, so a slow answer is as good as a quick one. A server is given up for this query `timeout_s`
+after it was first asked, the query itself after `TOTAL_S`: a guest is never left in the dark, and within the 5 s its own resolver
+waits (threats N2, F12). NXDOMAIN and an empty answer hold for the group: the next group is for failures, not for other opinions.
+
+`offline_after` unanswered tries in a row make a server *offline*: it is not waited for. Once in `PROBE_S` a copy of a query it
+would have been asked is sent to it for nobody, and any answer brings it back. When all servers of a route are offline they
+are asked as usual.
+
+When `resolvers()` gives another object the routes are made anew, and if it is not equal to the last the cache is emptied and
+queries on their way are asked again with their next try, under the new routes. One that was under way to the servers of a zone
+or rule that is gone fails instead: its name is not for the others.
 
 One loop timer serves all queries: it is set to the earliest deadline, and when it fires the at most `MAX_IN_FLIGHT` queries
-are looked through. HOT PATH: `ask` and `_readable`, once per query: one socket, one reader, no task.
+are looked through. HOT PATH: `ask` and `_readable`, once per query: one socket, one reader, no task. TCP, and servers with an
+`Asker` of their own, cost a task each.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import Final, TypeAlias
+from typing import Any, Final
 
-from dns import codec
-from dns.system import Resolvers, Upstream
-from dns.upstream import RandomId, accept, ask_tcp, better_asked_elsewhere, open_udp
-from netstack.api import Clock, Reply
+from dns import cache, codec
+from dns.cache import Cache
+from dns.inflight import CACHE, NOBODY, Answered, Asked, ServerState
+from dns.rules import Route, Routes, Rules
+from dns.servers import AskerFor, Resolvers, Server, Source
+from dns.stream_asker import StreamAsker
+from dns.upstream import RandomId, accept, open_udp, worth
+from netstack.api import Clock
 from netstack.errors import HostError
 
 MAX_IN_FLIGHT: Final = 512  # threats G23, as VPNKit per server
 TOTAL_S: Final = 4.8  # SERVFAIL must be back before the asker's own 5 s (resolv.conf(5)) are over
-SILENT_AFTER: Final = 3
-SILENT_S: Final = 15.0
-MAX_TRIES: Final = 16
-"""Sockets one query may use, whatever `attempts` and the number of servers are."""
+RETRY_S: Final = 1.0  # spec vpnkit 4.4; F12 wants the next server's answer within 2 s
+HOLD_S: Final = 1.0
+"""How long "no such name" waits for a better answer of another server of the group."""
+PROBE_S: Final = 1.0
+MAX_TRIES: Final = 32
+"""Sockets one query may have open."""
 DATAGRAM: Final = 65535
 
 
@@ -44,66 +60,42 @@ def random_id() -> bytes:
     return os.urandom(2)
 
 
-_Try: TypeAlias = tuple[socket.socket, bytes, Upstream]
-
-
-class _Asked:
-    """One query over UDP on its way."""
-
-    __slots__ = (
-        "end",
-        "failure",
-        "give_up_at",
-        "next_at",
-        "order",
-        "query",
-        "reply",
-        "resolvers",
-        "struck",
-        "tries",
-        "waited",
-    )
-
-    def __init__(self, query: bytes, end: int, reply: Reply, resolvers: Resolvers, give_up_at: float) -> None:
-        self.query = query
-        self.end = end
-        self.reply = reply
-        self.resolvers = resolvers
-        self.order: Iterator[Upstream] = iter(())
-        self.struck: set[Upstream] = set()
-        self.failure: bytes | None = None
-        self.give_up_at = give_up_at
-        self.next_at = 0.0
-        self.tries: dict[int, _Try] = {}
-        self.waited: _Try | None = None
-
-
 class Forwarder:
     """`resolvers()` says whom to ask at this moment; it is called for each query and must be cheap.
 
-    Used from one event loop only. `counters` is shared with the caller.
+    `rules` come before them; `asker_for` knows servers that are not asked over plain UDP and TCP. Used from one event loop only.
+    `counters` is shared with the caller.
     """
 
     def __init__(
         self,
-        resolvers: Callable[[], Resolvers],
+        resolvers: Source,
         counters: Counter[str],
         *,
+        rules: Rules = Rules(),  # noqa: B008  # it is a value
+        asker_for: AskerFor = lambda server: None,
         clock: Clock = time.monotonic,
         new_id: RandomId = random_id,
         max_in_flight: int = MAX_IN_FLIGHT,
         total_s: float = TOTAL_S,
+        retry_s: float = RETRY_S,
     ) -> None:
         self._resolvers = resolvers
         self._counters = counters
+        self._rules = rules
+        self._asker_for = asker_for
         self._clock = clock
         self._new_id = new_id
         self._max_in_flight = max_in_flight
         self._total_s = total_s
-        self._asked: set[_Asked] = set()
-        self._streams = 0
-        self._unanswered: Counter[Upstream] = Counter()
-        self._silent: dict[Upstream, float] = {}
+        self._retry_s = retry_s
+        self.cache = Cache()
+        self._states: dict[Server, ServerState] = {}
+        self._routes: Routes[ServerState] = Routes(Rules(), Resolvers(), {})
+        self._seen: Resolvers | None = None
+        self._asked: set[Asked] = set()
+        self._flying: dict[bytes, Asked] = {}
+        self._waiters = 0
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._buffer = memoryview(bytearray(DATAGRAM))
@@ -111,105 +103,190 @@ class Forwarder:
 
     @property
     def in_flight(self) -> int:
-        """Queries on their way, UDP and TCP."""
-        return len(self._asked) + self._streams
+        """Askers that wait for an answer, UDP and TCP."""
+        return self._waiters
 
-    def forget_silence(self) -> None:
-        """The network changed: what servers did before says nothing."""
-        self._silent.clear()
-        self._unanswered.clear()
+    def upstreams(self) -> list[dict[str, Any]]:
+        """Counters of each server that may be asked now."""
+        self._now_routes()
+        return [state.document() for state in self._states.values()]
+
+    def network_changed(self) -> None:
+        """What servers did before says nothing, and answers may be others; what is on its way is asked again."""
+        for state in self._states.values():
+            state.offline, state.misses = False, 0
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        self.cache.flush()
+        self._flying.clear()
+        now = self._clock()
+        for asked in self._asked:
+            asked.next_at, asked.moved = now, True
+        if self._asked:
+            self._arm(now)
 
     def close(self) -> None:
-        """Drop all queries over UDP without an answer."""
+        """Drop all queries without an answer (an empty one, where a guest's connection waits), and the connections to servers."""
         for asked in tuple(self._asked):
             self._drop(asked)
+            if asked.stream:
+                for _, _, answered in asked.waiting:
+                    answered(b"", NOBODY)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        for state in self._states.values():
+            state.close()
+        self._states.clear()
+        self._seen = None
 
     # Choosing
 
-    def _order(self, resolvers: Resolvers) -> Iterator[Upstream]:
-        """Servers in the order of asking, rounds included; silent ones at the end of the round."""
-        servers = resolvers.servers
-        if self._silent:
-            now = self._clock()
-            servers = tuple(sorted(servers, key=lambda server: self._silent.get(server, now) > now))
-        rounds = resolvers.attempts or MAX_TRIES
-        return (server for _ in range(rounds) for server in servers)
-
-    def _answered(self, server: Upstream) -> None:
-        if self._unanswered:
-            self._unanswered.pop(server, None)
-            self._silent.pop(server, None)
-
-    def _kept_quiet(self, server: Upstream) -> None:
-        self._counters["upstream_timeout"] += 1
-        self._unanswered[server] += 1
-        if self._unanswered[server] >= SILENT_AFTER:
-            self._silent[server] = self._clock() + SILENT_S
-
-    def _refusal(self, query: bytes, end: int, resolvers: Resolvers) -> bytes | None:
-        """The SERVFAIL for a query that nobody can be asked."""
-        if not resolvers.servers:
-            self._counters["no_resolver"] += 1
-        elif self.in_flight >= self._max_in_flight:
-            self._counters["over_limit"] += 1
-        else:
-            self._counters["forwarded"] += 1
-            return None
-        return codec.failure(query, codec.SERVFAIL, end)
-
-    # UDP
-
-    def ask(self, query: bytes, end: int, reply: Reply) -> None:
-        """Relay `query`, whose question ends at `end`, and call `reply` once with an answer of any size; SERVFAIL at worst."""
+    def _now_routes(self) -> Routes[ServerState]:
         resolvers = self._resolvers()
-        refusal = self._refusal(query, end, resolvers)
-        if refusal is not None:
-            reply(refusal)
+        if resolvers is self._seen:
+            return self._routes
+        if self._seen is None or resolvers != self._routes.resolvers:
+            self._take(resolvers)
+        self._seen = resolvers
+        return self._routes
+
+    def _take(self, resolvers: Resolvers) -> None:
+        servers = [server for rule in self._rules.rules for server in rule.servers]
+        wanted = dict.fromkeys((*servers, *resolvers.servers))
+        for server in [known for known in self._states if known not in wanted]:
+            self._states.pop(server).close()
+        for server in wanted:
+            if server not in self._states:
+                self._states[server] = ServerState(server, self._asker_for(server))
+        self._routes = Routes(self._rules, resolvers, self._states)
+        self._start_anew()
+
+    def route(self, query: bytes, end: int) -> Route[ServerState]:
+        """Where the name of a query leads now."""
+        return self._now_routes().find(query, end)
+
+    # Asking
+
+    def ask(self, query: bytes, end: int, answered: Answered, stream: bool = False) -> None:
+        """Relay `query`, whose question ends at `end`, and call `answered` once with an answer of any size; SERVFAIL at worst.
+
+        With `stream` it is asked over TCP, for a guest that came over TCP.
+        """
+        routes = self._routes if self._resolvers() is self._seen else self._now_routes()
+        now = self._clock()
+        key = cache.key(query, end)
+        if key is not None:
+            found = self.cache.find(key, query, end, now)
+            if found is not None:
+                self._counters["cached"] += 1
+                answered(found, CACHE)
+                return
+        route = routes.find(query, end)
+        if route.refused:
+            self._counters["refused"] += 1
+            answered(codec.failure(query, codec.REFUSED, end), route.why)
             return
+        if not route.groups or self._waiters >= self._max_in_flight:
+            self._counters["over_limit" if route.groups else "no_resolver"] += 1
+            answered(codec.failure(query, codec.SERVFAIL, end), NOBODY)
+            return
+        self._waiters += 1
+        if key is not None:
+            if stream:
+                key += b"\1"  # what UDP brings may be truncated
+            flying = self._flying.get(key)
+            if flying is not None:
+                self._counters["coalesced"] += 1
+                flying.waiting.append((query, end, answered))
+                return
+        self._counters["forwarded"] += 1
+        asked = Asked(query, end, route, [(query, end, answered)], now + self._total_s, key, stream)
+        self._begin(asked, now)
+
+    async def ask_stream(self, query: bytes, end: int) -> tuple[bytes, str]:
+        """The answer, got over TCP, and who gave it; empty when the forwarder is closed."""
+        done: asyncio.Future[tuple[bytes, str]] = asyncio.get_running_loop().create_future()
+        self.ask(query, end, lambda answer, by: None if done.done() else done.set_result((answer, by)), stream=True)
+        return await done
+
+    async def trace(self, query: bytes, end: int) -> tuple[bytes, str, list[tuple[ServerState, str, bytes, float]]]:
+        """Ask without regard to the cache, and say what came of each try; see `Asked.trace`. Raises `HostError` when closed."""
+        done: asyncio.Future[tuple[bytes, str]] = asyncio.get_running_loop().create_future()
+        route = self.route(query, end)
+        if not route.groups or self._waiters >= self._max_in_flight:
+            return codec.failure(query, codec.REFUSED if route.refused else codec.SERVFAIL, end), NOBODY, []
+        now = self._clock()
+
+        def answered(answer: bytes, by: str) -> None:
+            if not done.done():
+                done.set_result((answer, by))
+
+        asked = Asked(query, end, route, [(query, end, answered)], now + self._total_s, None, False)
+        asked.trace = []
+        self._waiters += 1
+        self._begin(asked, now)
+        try:
+            async with asyncio.timeout(self._total_s + 1):
+                return *await done, asked.trace
+        except TimeoutError:
+            raise HostError("dns: the server was closed meanwhile") from None
+
+    def _begin(self, asked: Asked, now: float) -> None:
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
-        now = self._clock()
-        total_s = self._total_s
-        if resolvers.attempts:
-            total_s = min(total_s, resolvers.attempts * len(resolvers.servers) * resolvers.server_s)
-        asked = _Asked(query, end, reply, resolvers, now + total_s)
-        asked.order = self._order(resolvers)
         self._asked.add(asked)
-        self._try_next(asked, now)
+        if asked.key is not None:
+            self._flying[asked.key] = asked
+        self._next_group(asked, now)
 
-    def _try_next(self, asked: _Asked, now: float) -> None:
-        """Ask the next server, or give the query up when nobody is left and no answer is awaited."""
-        resolvers = self._resolvers()
-        if resolvers is not asked.resolvers and resolvers.servers:  # a VPN came or went while this query waited
-            asked.resolvers = resolvers
-            asked.order = self._order(resolvers)
-            asked.struck.clear()
-        if len(asked.tries) < MAX_TRIES:
-            for server in asked.order:
-                if server not in asked.struck:
-                    if self._send(asked, server):
-                        asked.next_at = min(now + asked.resolvers.server_s, asked.give_up_at)
-                        self._arm(asked.next_at)
-                        return
-                    asked.struck.add(server)
-                elif len(asked.struck) >= len(asked.resolvers.servers):
-                    break
-        if asked.tries:
-            asked.next_at = asked.give_up_at
-            self._arm(asked.next_at)
+    def _next_group(self, asked: Asked, now: float) -> None:
+        """Ask the next group that has a server online; give the query up when there is none and nobody is waited for."""
+        groups = asked.route.groups
+        offline = False
+        while asked.group + 1 < len(groups):
+            asked.group += 1
+            for state in groups[asked.group]:
+                if state.offline == asked.desperate:
+                    asked.pending[state] = now + state.server.timeout_s, asked.group
+                    self._send(asked, state, now)
+                elif state.offline:
+                    offline = True
+                    self._probe(asked, state, now)
+            if asked.pending:
+                break
+            if offline and asked.group + 1 == len(groups):
+                asked.desperate, asked.group, offline = True, -1, False  # nobody else is left
+        if asked.pending:
+            self._wait(asked, now)
         else:
             self._give_up(asked)
 
-    def _send(self, asked: _Asked, server: Upstream) -> bool:
+    def _wait(self, asked: Asked, now: float) -> None:
+        retry_at = now + self._retry_s
+        for until, _ in asked.pending.values():
+            retry_at = min(retry_at, until)
+        asked.next_at = min(retry_at, asked.give_up_at)
+        self._arm(asked.next_at)
+
+    def _send(self, asked: Asked, state: ServerState, now: float) -> None:
+        """Ask one server that is pending. When that is not possible it is pending no longer."""
         assert self._loop is not None
+        if asked.stream or state.asker is not None:
+            if state not in asked.tasks.values():
+                state.asked += 1
+                task = self._loop.create_task(self._converse(asked, state, now))
+                asked.tasks[task] = state
+                task.add_done_callback(lambda task: asked.tasks.pop(task, None))
+            return
+        if len(asked.tries) >= MAX_TRIES:
+            return
         try:
-            sock = open_udp(server)
+            sock = open_udp(state.server.upstream)
         except OSError:  # no route, or no descriptor left
-            self._counters["upstream_error"] += 1
-            return False
+            self._unreachable(asked, state)
+            return
         query_id = self._new_id()
         try:
             sock.send(query_id + asked.query[2:])
@@ -217,58 +294,150 @@ class Forwarder:
             pass  # as good as lost on the way
         except OSError:
             sock.close()
-            self._counters["upstream_error"] += 1
-            return False
+            self._unreachable(asked, state)
+            return
+        state.asked += 1
         fd = sock.fileno()
-        asked.tries[fd] = sock, query_id, server
+        asked.tries[fd] = sock, query_id, state, now
         self._loop.add_reader(fd, self._readable, asked, fd)
-        return True
 
-    def _readable(self, asked: _Asked, fd: int) -> None:
+    def _probe(self, asked: Asked, state: ServerState, now: float) -> None:
+        """Find out whether a server is back, with a query that it would have been asked."""
+        if now < state.probe_at:
+            return
+        state.probe_at = now + PROBE_S
+        route = Route("probe", ((state,),))
+        probe = Asked(asked.query, asked.end, route, [], now + PROBE_S, None, asked.stream)
+        probe.desperate = True
+        self._begin(probe, now)
+
+    def _unreachable(self, asked: Asked, state: ServerState) -> None:
+        self._counters["upstream_error"] += 1
+        state.errors += 1
+        asked.pending.pop(state, None)
+        self._note(asked, state, "unreachable", b"")
+
+    # Hearing
+
+    def _readable(self, asked: Asked, fd: int) -> None:
         found = asked.tries.get(fd)
         if found is None:
             return
-        sock, query_id, server = found
+        sock, query_id, state, sent_at = found
         try:
             octets = sock.recv_into(self._buffer)
         except (BlockingIOError, InterruptedError):
             return
         except OSError:  # ICMP said that nobody listens there, or that it cannot be reached
-            self._counters["upstream_error"] += 1
-            self._strike(asked, fd, server)
+            self._close_tries(asked, state)
+            self._unreachable(asked, state)
+            self._settle(asked)
             return
         answer = accept(asked.query, asked.end, query_id, bytes(self._buffer[:octets]))
         if answer is None:
             self._counters["upstream_mismatch"] += 1
             return
-        self._answered(server)
-        if better_asked_elsewhere(answer):
-            asked.failure = answer
-            self._strike(asked, fd, server)
+        self._heard(asked, state, answer, sent_at)
+
+    async def _converse(self, asked: Asked, state: ServerState, sent_at: float) -> None:
+        """One question over a connection, or to an asker of another kind."""
+        asker = state.asker
+        if asker is None:
+            if state.stream is None:
+                state.stream = StreamAsker(state.server.upstream, self._new_id)
+            asker = state.stream
+        try:
+            answer = await asker.ask(asked.query, asked.end)
+        except HostError:
+            answer = b""
+        if (task := asyncio.current_task()) is not None:
+            asked.tasks.pop(task, None)
+        if asked not in self._asked or (not answer and state.server not in self._states):
+            return  # nobody waits any longer; or the server is gone, and the next tick asks others
+        if len(answer) < codec.HEADER:
+            self._unreachable(asked, state)
+            self._settle(asked)
+        else:
+            self._heard(asked, state, asked.query[:2] + answer[2:], sent_at)
+
+    def _heard(self, asked: Asked, state: ServerState, answer: bytes, sent_at: float) -> None:
+        now = self._clock()
+        state.answered += 1
+        state.took_s = now - sent_at
+        state.misses = 0
+        state.offline = False
+        found = worth(answer)
+        if asked.trace is not None:
+            asked.trace.append((state, "answered", answer, now - sent_at))
+        if found == 4 or (found and len(asked.route.groups) == 1 == len(asked.route.groups[0])):
+            self._finish(asked, answer, state.name, now)
             return
-        self._drop(asked)
-        asked.reply(answer)
+        self._close_tries(asked, state)
+        _until, group = asked.pending.pop(state, (0.0, -1))
+        if found > asked.worth or found == asked.worth == 0:
+            asked.best, asked.best_by, asked.best_group, asked.worth = answer, state.name, group, found
+        if found == 0:
+            state.failures += 1
+            self._settle(asked)
+        elif any(other == group for _, other in asked.pending.values()):
+            asked.hold_at = min(asked.hold_at, now + HOLD_S)
+            self._arm(asked.hold_at)
+        else:
+            self._give_up(asked)
 
-    def _strike(self, asked: _Asked, fd: int, server: Upstream) -> None:
-        self._close_try(asked, fd)
-        asked.struck.add(server)
-        self._try_next(asked, self._clock())
+    def _settle(self, asked: Asked) -> None:
+        """A server failed: what now?"""
+        if asked.worth > 0 and not any(group == asked.best_group for _, group in asked.pending.values()):
+            self._give_up(asked)
+        elif not asked.pending:
+            self._next_group(asked, self._clock())
 
-    def _close_try(self, asked: _Asked, fd: int) -> None:
+    def _note(self, asked: Asked, state: ServerState, what: str, answer: bytes) -> None:
+        if asked.trace is not None:
+            asked.trace.append((state, what, answer, 0.0))
+
+    # Ending
+
+    def _close_tries(self, asked: Asked, state: ServerState) -> None:
+        for fd in [fd for fd, one in asked.tries.items() if one[2] is state]:
+            self._close_try(asked, fd)
+
+    def _close_try(self, asked: Asked, fd: int) -> None:
         assert self._loop is not None
-        sock, _, _ = asked.tries.pop(fd)
+        sock = asked.tries.pop(fd)[0]
         self._loop.remove_reader(fd)
         sock.close()
 
-    def _drop(self, asked: _Asked) -> None:
+    def _drop(self, asked: Asked) -> None:
         for fd in tuple(asked.tries):
             self._close_try(asked, fd)
-        self._asked.discard(asked)
+        for task in asked.tasks:
+            task.cancel()
+        if asked in self._asked:
+            self._asked.remove(asked)
+            self._waiters -= len(asked.waiting)
+            if asked.key is not None and self._flying.get(asked.key) is asked:
+                del self._flying[asked.key]
 
-    def _give_up(self, asked: _Asked) -> None:
+    def _finish(self, asked: Asked, answer: bytes, by: str, now: float) -> None:
+        key = asked.key
+        fresh = key is not None and self._flying.get(key) is asked  # and not of routes that hold no longer
         self._drop(asked)
-        self._counters["servfail"] += 1
-        asked.reply(asked.failure or codec.failure(asked.query, codec.SERVFAIL, asked.end))
+        if fresh:
+            assert key is not None
+            self.cache.keep(key[:-1] if asked.stream else key, asked.end, answer, now, by)
+        waiting = asked.waiting
+        if len(waiting) == 1:
+            waiting[0][2](answer, by)
+            return
+        for query, end, answered in waiting:
+            answered(cache.patched(query, end, answer), by)
+
+    def _give_up(self, asked: Asked) -> None:
+        if asked.worth <= 0:
+            self._counters["servfail"] += len(asked.waiting)
+        failure = asked.best or codec.failure(asked.query, codec.SERVFAIL, asked.end)
+        self._finish(asked, failure, asked.best_by, self._clock())
 
     # The timer
 
@@ -285,45 +454,70 @@ class Forwarder:
         self._timer = None
         now = max(self._timer_at, self._clock())  # a loop timer may fire a hair early
         for asked in tuple(self._asked):
-            if asked.next_at > now:
-                continue
-            if asked.tries and asked.waited is not (newest := next(reversed(asked.tries.values()))):
-                asked.waited = newest
-                self._kept_quiet(newest[2])
-            if asked.give_up_at <= now:
-                self._give_up(asked)
-            else:
-                self._try_next(asked, now)
+            if asked in self._asked and min(asked.next_at, asked.hold_at) <= now:
+                self._late(asked, now)
         if self._asked:
-            self._arm(min(asked.next_at for asked in self._asked))
+            self._arm(min(min(asked.next_at, asked.hold_at) for asked in self._asked))
 
-    # TCP
+    def _late(self, asked: Asked, now: float) -> None:
+        """An answer has not come in time, or the network is another."""
+        if not asked.moved:
+            self._missed(asked)
+        asked.moved = False
+        if asked.give_up_at <= now or asked.hold_at <= now:
+            self._give_up(asked)
+            return
+        if not self._still_right(asked):
+            return
+        for state, (until, _) in tuple(asked.pending.items()):
+            if until <= now:
+                del asked.pending[state]
+                self._close_tries(asked, state)
+                self._note(asked, state, "timeout", b"")
+            else:
+                self._send(asked, state, now)
+        if asked.worth <= 0 and (not asked.pending or asked.group + 1 < len(asked.route.groups)):
+            self._next_group(asked, now)
+        elif asked.pending:
+            self._wait(asked, now)
+        else:
+            self._give_up(asked)
 
-    async def ask_stream(self, query: bytes, end: int) -> bytes:
-        """The answer to a query that came over TCP, got over TCP; SERVFAIL at worst. Never raises."""
-        resolvers = self._resolvers()
-        refusal = self._refusal(query, end, resolvers)
-        if refusal is not None:
-            return refusal
-        self._streams += 1
-        failure: bytes | None = None
-        servers = tuple(self._order(Resolvers(servers=resolvers.servers, attempts=1)))
-        try:
-            async with asyncio.timeout(self._total_s):
-                for server in servers:
-                    try:  # the last one may take all the time that is left
-                        async with asyncio.timeout(None if server is servers[-1] else resolvers.server_s):
-                            answer = await ask_tcp(server, query, end, self._new_id)
-                    except (HostError, TimeoutError) as error:
-                        quiet = isinstance(error, TimeoutError)
-                        self._counters["upstream_timeout" if quiet else "upstream_error"] += 1
-                        continue
-                    if not better_asked_elsewhere(answer):
-                        return answer
-                    failure = answer
-        except TimeoutError:
-            pass
-        finally:
-            self._streams -= 1
-        self._counters["servfail"] += 1
-        return failure or codec.failure(query, codec.SERVFAIL, end)
+    def _missed(self, asked: Asked) -> None:
+        after = self._routes.resolvers.offline_after
+        for state in asked.pending:
+            self._counters["upstream_timeout"] += 1
+            state.timeouts += 1
+            state.misses += 1
+            if state.misses >= after and not state.offline:
+                state.offline = True
+                state.probe_at = self._clock() + PROBE_S
+
+    def _still_right(self, asked: Asked) -> bool:
+        """Follow the routes of now, if they are others since the query was asked; whether it can go on as it was."""
+        if not asked.waiting:  # a probe
+            return True
+        route = self._now_routes().find(asked.query, asked.end)
+        if route.groups == asked.route.groups:
+            asked.route = route
+            return True
+        if not route.groups:
+            if not asked.route.private and not route.refused:
+                return True  # the file is being written: the old ones may still answer
+            self._give_up(asked)
+            return False
+        if asked.route.private and not route.private:
+            self._give_up(asked)
+            return False
+        for fd in tuple(asked.tries):
+            self._close_try(asked, fd)
+        for task in asked.tasks:
+            task.cancel()
+        asked.tasks.clear()
+        asked.pending.clear()
+        asked.route, asked.group, asked.desperate = route, -1, False
+        asked.best, asked.best_by, asked.worth = None, NOBODY, -1
+        if asked.key is not None:
+            self._flying.setdefault(asked.key, asked)
+        self._next_group(asked, self._clock())
+        return False

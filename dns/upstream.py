@@ -1,4 +1,4 @@
-"""Asking one resolver one question: the sockets, and what counts as its answer.
+"""Asking one server one question over UDP: the sockets, and what counts as its answer.
 
 Off-path forgery (threats N1, RFC 5452): every query has a socket of its own, so the kernel draws a fresh ephemeral port, and a
 fresh 16-bit id from the system's random source. The socket is connected, so datagrams of anyone but that server's address
@@ -11,22 +11,17 @@ Nothing here resolves names or uses threads: addresses are numeric.
 
 from __future__ import annotations
 
-import asyncio
 import socket
-import struct
 from collections.abc import Callable
 from typing import Final
 
 from dns import codec
-from dns.system import Upstream
-from netstack.errors import HostError
+from dns.servers import Upstream
 
 RandomId = Callable[[], bytes]
 """Two octets nobody can guess."""
 
 _HEADER_ONLY_CODES: Final = frozenset({codec.FORMERR, codec.SERVFAIL, codec.NOTIMP, codec.REFUSED})
-
-_length = struct.Struct("!H")
 
 
 def open_udp(server: Upstream) -> socket.socket:
@@ -56,56 +51,15 @@ def accept(query: bytes, end: int, query_id: bytes, reply: bytes) -> bytes | Non
     return None
 
 
-def better_asked_elsewhere(reply: bytes) -> bool:
-    """SERVFAIL and REFUSED are about the server; NXDOMAIN and an empty answer are about the name."""
-    return codec.rcode(reply) in (codec.SERVFAIL, codec.REFUSED)
+def worth(answer: bytes) -> int:
+    """How much an answer says about the name: the more, the better it is as the answer of several servers.
 
-
-async def _connect(server: Upstream) -> socket.socket:
-    # The loop's own sock_connect may look numeric addresses up and lose the scope of a link-local one.
-    loop = asyncio.get_running_loop()
-    sock = socket.socket(server.family, socket.SOCK_STREAM)
-    try:
-        sock.setblocking(False)
-        try:
-            sock.connect(server.sockaddr)
-        except BlockingIOError:
-            writable = asyncio.Event()
-            loop.add_writer(sock.fileno(), writable.set)
-            try:
-                await writable.wait()
-            finally:
-                loop.remove_writer(sock.fileno())
-            error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if error:
-                raise OSError(error, "connect") from None
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-async def ask_tcp(server: Upstream, query: bytes, end: int, random_id: RandomId) -> bytes:
-    """The answer of `server` to `query` over a TCP connection of its own. Raises `HostError`; the caller limits the time."""
-    query_id = random_id()
-    try:
-        sock = await _connect(server)
-    except OSError as error:
-        raise HostError(f"dns: {server}: {error}") from None
-    try:
-        reader, writer = await asyncio.open_connection(sock=sock)
-    except BaseException:
-        sock.close()
-        raise
-    try:
-        writer.write(_length.pack(len(query)) + query_id + query[2:])
-        while True:
-            (octets,) = _length.unpack(await reader.readexactly(2))
-            reply = accept(query, end, query_id, await reader.readexactly(octets))
-            if reply is not None:
-                return reply
-    except (OSError, EOFError) as error:
-        raise HostError(f"dns: {server}: {error}") from None
-    finally:
-        writer.transport.abort()
+    4: records, or that they are to be fetched over TCP. 3: the name has no such records. 2: there is no such name. 1: what the
+    server makes of the query (FORMERR, NOTIMP). 0: SERVFAIL and REFUSED are about the server, and another may know.
+    """
+    code = answer[3] & 0x0F
+    if code == codec.NOERROR:
+        return 4 if answer[7] or answer[6] or answer[2] & codec.TC else 3
+    if code == codec.NXDOMAIN:
+        return 2
+    return 0 if code in (codec.SERVFAIL, codec.REFUSED) else 1

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from dns import codec, system
 from dns.server import Server
+from dns.servers import TIMEOUT_S
 from dns.system import Upstream
 from netstack.errors import ConfigError
 from tests.dns.support import a_reply, ask, ask_now, parse, query, upstream
@@ -72,13 +73,15 @@ def test_resolv_conf_is_read_as_the_c_library_reads_it() -> None:
         "NAMESERVER 192.0.2.1\nsortlist 10.0.0.0\noptions edns0 timeout:1 attempts:3 ndots:x\n"
     )
     assert [str(server) for server in read.servers] == ["192.0.2.1:53", "[fe80::1%1]:53"]
+    assert [server.order for server in read.servers] == [0, 1], "one after the other"
     assert read.search == ("corp.example", "lab.example")
-    assert (read.server_s, read.attempts) == (1, 3)
+    assert {server.timeout_s for server in read.servers} == {3.0}, "attempts of so many seconds"
 
 
-def test_options_cannot_make_a_query_wait_longer() -> None:
-    assert system.parse_resolv_conf("options timeout:30").server_s == system.SERVER_S
-    assert system.parse_resolv_conf("options timeout: attempts: timeout:99999999999").server_s == system.SERVER_S
+@pytest.mark.parametrize("options", ["timeout:30", "timeout: attempts: timeout:99999999999"])
+def test_options_cannot_make_a_query_wait_longer(options: str) -> None:
+    (server,) = system.parse_resolv_conf(f"nameserver 192.0.2.1\noptions {options}").servers
+    assert server.timeout_s == TIMEOUT_S
 
 
 @given(
@@ -162,5 +165,5 @@ async def test_configured_servers_are_asked_instead_of_the_hosts(tmp_path: Path)
         server = Server(hosts_path=None, resolv_conf=str(path), upstreams=[chosen.spec])
         assert [str(rr.rdata) for rr in parse(await ask(server, query("a.example"))).rr] == ["10.0.0.1"]
         assert hosts.asked == []
-        assert [f"127.0.0.1#{known.port}" for known in server.resolvers.servers] == [chosen.spec]
+        assert [f"127.0.0.1#{known.upstream.port}" for known in server.resolvers.servers] == [chosen.spec]
         server.close()

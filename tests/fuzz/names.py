@@ -258,18 +258,25 @@ async def _stream(rng: random.Random) -> None:
         said = spoil(rng, said)
     wanted = []
 
-    async def ask_tcp(server: Upstream, asked: bytes, end: int, new_id: object) -> bytes:
-        answer = accept(asked, end, asked[:2], answer_to(random.Random(asked), asked))
-        if answer is None:
-            raise HostError("dns: no answer")
-        return answer
+    class Asker:
+        """In place of the connection to a resolver."""
 
-    with mock.patch.object(forwarder, "ask_tcp", ask_tcp):
+        def __init__(self, server: Upstream, new_id: object) -> None: ...
+
+        async def ask(self, asked: bytes, end: int) -> bytes:
+            answer = accept(asked, end, asked[:2], answer_to(random.Random(asked), asked))
+            if answer is None:
+                raise HostError("dns: no answer")
+            return answer
+
+        def close(self) -> None: ...
+
+    with mock.patch.object(forwarder, "StreamAsker", Asker):
         server = _server(upstreams=["192.0.2.1"])
         for asked in messages(said):
-            own, end = server._own_answer(asked)
+            own, end, _by = server._own_answer(asked)
             if own is None:
-                own = await server._forwarder.ask_stream(asked, end)
+                own, _by = await server._forwarder.ask_stream(asked, end)
             if own:
                 wanted.append(own)
         reader, writer = asyncio.StreamReader(), Writer()
