@@ -1,0 +1,265 @@
+"""Connections of the proxy to the outside. The only place of this package that opens sockets.
+
+`connect_out(address, port)` asks the egress policy about the final numeric address, as for a connection of the guest's own, so
+that neither CONNECT nor a name that leads to the host's loopback or a metadata service goes around it (threats G25, G26):
+
+    Allow      a socket to it               Rewrite    the host alias or a port of the gateway: a socket to what is meant
+    Tunnel     the program of `--forwards`  Outward    the proxy on the way out; none when there is nobody to ask (fail closed)
+    Deny       `Refusal` 403
+
+The upstream proxies of `http_proxy.json` are the operator's word: `trusted` connects to them wherever they are, on the host's
+own loopback too.
+
+Names are looked up by the host's `getaddrinfo`, in threads of our own, so that a slow answer holds up neither the loop nor,
+with `MAX_LOOKUPS` at once, many others. The network's own names (gateway, host alias) are known without it.
+
+Bounds: `LOOKUP_S` for a name, `CONNECT_S` for a connection in all, `MAX_ADDRESSES` tried of one name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, Protocol, TypeAlias
+
+from netstack.api import Endpoint
+from netstack.errors import HostError
+from netstack.host.io import first_source_port
+from netstack.host.tunnels import check_answer, request
+from netstack.policy.egress import LOOPBACK, Deny, Egress, Rewrite, Tunnel
+from netstack.settings import Network
+from pyvpnkit.proxy.config import Upstream
+from pyvpnkit.proxy.errors import Refusal
+from pyvpnkit.proxy.patterns import literal
+
+MAX_LOOKUPS: Final = 32
+LOOKUP_S: Final = 20.0
+CONNECT_S: Final = 60.0
+MAX_ADDRESSES: Final = 8
+MAX_ANSWER: Final = 4096
+"""Octets of a tunnel's answer."""
+_RETRY_S: Final = 0.02
+_TCP: Final = 6
+
+Resolve: TypeAlias = Callable[[str], Awaitable[Sequence[bytes]]]
+"""The addresses of a name, 4 or 16 octets each, best first. Raises `OSError`."""
+WayOut: TypeAlias = Callable[[Any, str], Awaitable[socket.socket]]
+"""`way_out(decision, host)`: a connected, non-blocking socket for what the policy leads through a proxy. Raises `OSError` or
+`HostError`."""
+
+
+class Sockets(Protocol):
+    """Where sockets come from (`netstack.host.io.HostIO`): guests may not use up all descriptors."""
+
+    def socket(self, family: int, kind: int, protocol: int = 0) -> Any: ...
+
+
+class Outside:
+    """See the module. `own` are the names of the network itself with their addresses, lower case."""
+
+    def __init__(
+        self, network: Network, egress: Egress, sockets: Sockets, *, resolve: Resolve | None, way_out: WayOut | None
+    ) -> None:
+        self._egress = egress
+        self._sockets = sockets
+        self._alias = network.host_alias_bytes
+        self._gateway = network.gateway_bytes
+        self.own = {name.lower().rstrip("."): self._gateway for name in network.gateway_names}
+        if self._alias is not None:
+            self.own |= {name.lower().rstrip("."): self._alias for name in network.host_names}
+        self._threads: ThreadPoolExecutor | None = None
+        self._resolve = resolve if resolve is not None else self._getaddrinfo
+        self._way_out = way_out
+        self._source_ports = first_source_port()
+
+    def close(self) -> None:
+        """Look nothing up any more."""
+        if self._threads is not None:
+            self._threads.shutdown(wait=False, cancel_futures=True)
+            self._threads = None
+
+    # What a host is.
+
+    def is_own(self, host: str) -> bool:
+        """Whether the network itself has this host, so that no proxy outside could reach it."""
+        address = literal(host)
+        if address is not None:
+            return address.packed in (self._alias, self._gateway)
+        return host.lower().rstrip(".") in self.own
+
+    async def addresses(self, host: str) -> Sequence[bytes]:
+        """Of a name, or the address that the host is. Raises `Refusal` 503."""
+        address = literal(host)
+        if address is not None:
+            return (address.packed,)
+        own = self.own.get(host.lower().rstrip("."))
+        if own is not None:
+            return (own,)
+        try:
+            async with asyncio.timeout(LOOKUP_S):
+                found = await self._resolve(host)
+        except (OSError, UnicodeError, TimeoutError):
+            found = ()
+        if not found:
+            raise Refusal(503, f"Failed to lookup host: {host}")
+        return found[:MAX_ADDRESSES]
+
+    async def _getaddrinfo(self, host: str) -> Sequence[bytes]:
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(MAX_LOOKUPS, "pyvpnkit-proxy-names")
+        found = await asyncio.get_running_loop().run_in_executor(
+            self._threads, lambda: socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        )
+        return [socket.inet_pton(family, str(place[0]).partition("%")[0]) for family, _, _, _, place in found]
+
+    async def judge(self, host: str, port: int, upstream: Upstream) -> None:
+        """Before `host` is named to a proxy: what guests may not reach they may not reach through it. Raises `Refusal` 403.
+
+        An address is judged whatever its spelling. Names are the proxy's to look up, in the network it is in; where that is
+        this host, they are looked up here too, for its loopback is ours.
+        """
+        if literal(host) is not None:
+            found: Sequence[bytes] = (literal(host).packed,)  # type: ignore[union-attr]
+        elif host.lower().rstrip(".").rpartition(".")[2] == "localhost":
+            found = (LOOPBACK,)
+        elif await self._is_local(upstream):
+            try:
+                found = await self.addresses(host)
+            except Refusal:
+                return  # known to the proxy, or to nobody
+        else:
+            return
+        for address in found:
+            decision = self._egress.decide(_TCP, address, port)
+            if isinstance(decision, Deny):
+                raise Refusal(403, f"{host}: {decision.reason}")
+
+    async def _is_local(self, upstream: Upstream) -> bool:
+        try:
+            return any(self._meant(found)[:1] == b"\x7f" or found == bytes(15) + b"\1"
+                       for found in await self.addresses(self._local(upstream.host)))  # fmt: skip
+        except Refusal:
+            return False
+
+    @staticmethod
+    def _local(host: str) -> str:
+        """The host's own name for itself needs no lookup."""
+        return "127.0.0.1" if host.lower().rstrip(".") == "localhost" else host
+
+    def _meant(self, address: bytes) -> bytes:
+        return LOOPBACK if address == self._alias else address
+
+    # Connections.
+
+    async def server(self, host: str, port: int) -> socket.socket:
+        """A connection to a guest's server. Raises `Refusal`."""
+        denied: Refusal | None = None
+        failed: Refusal | None = None
+        for address in await self.addresses(host):
+            try:
+                return await self.connect_out(address, port, host)
+            except Refusal as error:
+                if error.status == 403:
+                    denied = denied or Refusal(403, f"{host}: {error}")
+                else:
+                    failed = failed or Refusal(error.status, f"{error}. Do you need an HTTP proxy?")
+        problem = failed or denied
+        assert problem is not None
+        raise problem
+
+    async def proxy(self, upstream: Upstream) -> socket.socket:
+        """A connection to a proxy. Raises `Refusal` 503."""
+        where = ""
+        for address in await self.addresses(self._local(upstream.host)):
+            try:
+                return await self.connect_out(address, upstream.port, trusted=True)
+            except Refusal as error:
+                where = where or str(error).removeprefix("unable to connect to ")
+        raise Refusal(503, f"unable to connect to HTTP proxy {where}")
+
+    async def connect_out(self, address: bytes, port: int, host: str = "", *, trusted: bool = False) -> socket.socket:
+        """A connected, non-blocking socket, by the egress policy's decision. `host` is the name it came from.
+
+        Raises `Refusal`: 403 with the policy's reason, 503 where the host cannot connect.
+        """
+        if trusted:
+            decision: Any = self._egress.decide(_TCP, address, port)
+            if isinstance(decision, Deny):
+                decision = self._trusted(address, port)
+            elif self._meant(address)[:1] != b"\x7f":
+                decision = self._egress.led(address, port)
+        else:
+            decision = self._egress.led(address, port)
+        if isinstance(decision, Deny):
+            raise Refusal(403, decision.reason)
+        family = socket.AF_INET if len(address) == 4 else socket.AF_INET6
+        where = (socket.inet_ntop(family, address), port)
+        try:
+            async with asyncio.timeout(CONNECT_S):
+                if isinstance(decision, Tunnel):
+                    return await self._through(decision)
+                if isinstance(decision, Rewrite):
+                    family = socket.AF_INET if len(decision.endpoint.address) == 4 else socket.AF_INET6
+                    where = decision.where
+                elif hasattr(decision, "proxy"):
+                    if self._way_out is None:
+                        raise HostError("the way out leads through a proxy")
+                    return await self._way_out(decision, host)
+                return await self._connect(family, where)
+        except (OSError, TimeoutError, HostError) as error:
+            shown = f"[{where[0]}]:{port}" if family == socket.AF_INET6 else f"{where[0]}:{where[1]}"
+            raise Refusal(503, f"unable to connect to {shown}") from error
+
+    def _trusted(self, address: bytes, port: int) -> Any:
+        """The operator names an address that guests may not reach: a tunnel may still take it."""
+        rule = self._egress.tunnels.find(Endpoint(address, port))
+        return None if rule is None else Tunnel(rule.path, Endpoint(address, port))
+
+    async def _connect(self, family: int, where: tuple[str, int]) -> socket.socket:
+        sock: socket.socket = socket.socket(fileno=self._sockets.socket(family, socket.SOCK_STREAM).detach())
+        try:
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            await asyncio.get_running_loop().sock_connect(sock, where)
+            if where[1] >= self._source_ports and sock.getsockname()[:2] == where:
+                raise OSError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))  # it has met itself
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    async def _through(self, tunnel: Tunnel) -> socket.socket:
+        """VPNKit's tunnel (spec vpnkit 7.7): what the program says right behind its answer stays in the socket."""
+        loop = asyncio.get_running_loop()
+        sock: socket.socket = socket.socket(fileno=self._sockets.socket(socket.AF_UNIX, socket.SOCK_STREAM).detach())
+        try:
+            sock.setblocking(False)
+            # There is no event for a unix listener whose queue was full.
+            while (number := sock.connect_ex(tunnel.path)) == errno.EAGAIN:  # noqa: ASYNC110  # see above
+                await asyncio.sleep(_RETRY_S)
+            if number:
+                raise OSError(number, os.strerror(number))
+            await loop.sock_sendall(sock, request(tunnel))
+            length = int.from_bytes(await _exactly(loop, sock, 2), "little")
+            if length > MAX_ANSWER:
+                raise HostError(f"its answer claims {length} octets")
+            check_answer(await _exactly(loop, sock, length))
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+
+async def _exactly(loop: asyncio.AbstractEventLoop, sock: socket.socket, octets: int) -> bytes:
+    found = b""
+    while len(found) < octets:
+        more = await loop.sock_recv(sock, octets - len(found))
+        if not more:
+            raise HostError("it closed the connection without an answer")
+        found += more
+    return found
