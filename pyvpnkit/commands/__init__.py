@@ -23,6 +23,7 @@ MODULES: Final = {
     "top": "top",
     "capture": "capture",
     "events": "events",
+    "doctor": "doctor",
 }
 """Command -> the module here whose function of the command's name runs it."""
 
@@ -99,6 +100,11 @@ def add(command: Command) -> None:
 
     made = one("events", "what happens, a line each, until Ctrl-C")
     made.add_argument("--types", metavar="NAME[,NAME]...", default="", help="only events of these names")
+    json(made)
+
+    made = one("doctor", "what on this host may be in the way of guests, and what to do; needs no daemon")
+    made.add_argument("--config", metavar="FILE", help="look with the settings of this file")
+    made.add_argument("--subnet", metavar="NETWORK", help="is this network free here, instead of the settings'")
     json(made)
 
 
