@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from dns import codec
 from dns.forwarder import Forwarder
 from dns.host_mode import HostMode
 from dns.servers import HOST, Asker, AskerFor, Server, Source
@@ -11,13 +12,16 @@ from dns.tls import Certificates, TlsAsker
 
 
 class Relay:
-    """A `dns.servers.Asker` of whoever `source` says at the moment."""
+    """A `dns.servers.Asker` of whoever `source` says at the moment; over TCP what is too long for UDP. Nothing is kept."""
 
     def __init__(self, source: Source, counters: Counter[str] | None = None) -> None:
         self._forwarder = Forwarder(source, Counter() if counters is None else counters)
 
     async def ask(self, query: bytes, end: int) -> bytes:
-        return (await self._forwarder.ask_stream(query, end))[0]
+        answer, _, _ = await self._forwarder.trace(query, end)
+        if answer and answer[2] & codec.TC:
+            answer, _ = await self._forwarder.ask_stream(query, end)
+        return answer
 
     def close(self) -> None:
         self._forwarder.close()
