@@ -45,6 +45,7 @@ from netstack.host.tcp_flow_state import FlowState
 from netstack.host.tcp_proxy import TcpProxy
 from netstack.host.timers import Timers
 from netstack.host.udp_proxy import UdpProxy
+from netstack.host.ways_out import Upstreams
 from netstack.iface.interface import Interface, Packet
 from netstack.iface.neighbours import Neighbour, Neighbours
 from netstack.iface.offload import make_plain
@@ -58,6 +59,7 @@ from netstack.observe.events import Contained, EventBus
 from netstack.observe.live import Live
 from netstack.observe.metrics import Counters
 from netstack.policy.egress import Egress
+from netstack.policy.ways_out import Ways
 from netstack.settings import Network
 from netstack.views import Views
 from netstack.wire import icmp as wire_icmp
@@ -589,6 +591,16 @@ class Stack(Views):
     def tunnel(self, rules: Sequence[TunnelRule]) -> None:
         """Have these tunnels for outgoing TCP; see `netstack.api.Outgoing`."""
         self.egress.tunnels.replace(rules)
+
+    @property
+    def ways_out(self) -> Ways:
+        """The rules of ways out, and by which names they know addresses."""
+        return self.egress.ways_out
+
+    @property
+    def upstreams(self) -> Upstreams:
+        """The proxies on the way out as they are now."""
+        return self.tcp.upstreams
 
     def go_out(self, rules: Sequence[WayOutRule], *, fail_open: bool = False, datagrams: bool = False) -> None:
         """Have these ways out; see `netstack.api.Outgoing`."""

@@ -10,13 +10,14 @@ import pytest
 
 from netstack.api import Endpoint, GatewayForward
 from netstack.host.http_connect import MAX_HEAD
-from netstack.host.ways_out import ATTEMPT_S, SILENT_S
+from netstack.host.ways_out import ATTEMPT_S, SILENT_S, Upstream
 from netstack.observe.events import FlowRefused
 from netstack.policy.names import Names
 from netstack.policy.ways_out import parse
 from tests.support import packets
-from tests.support.drill import SERVER, Drill, Flow, ip, pattern
+from tests.support.drill import SERVER, Drill, Flow, pattern
 from tests.support.fake_host import Accept, Address, Never, Refuse
+from tests.support.packets import ip
 
 PROXY: Address = ("198.51.100.7", 1080)
 SOCKS = "socks5://198.51.100.7:1080"
@@ -58,7 +59,9 @@ def reasons(d: Drill) -> list[str]:
     return [event.reason for event in d.events if isinstance(event, FlowRefused)]
 
 
-SCRIPTS = {
+Script = tuple[str, list[tuple[bytes | None, bytes]]]
+
+SCRIPTS: dict[str, Script] = {
     "socks": (SOCKS, [(b"\5\1\0", METHOD), (ASKED, OK)]),
     "socks, bound to a name": (SOCKS, [(b"\5\1\0", METHOD), (ASKED, OK_BY_NAME)]),
     "socks, bound to IPv6": (SOCKS, [(b"\5\1\0", METHOD), (ASKED, OK_IPV6)]),
@@ -88,13 +91,10 @@ SCRIPTS = {
 }
 
 
-@pytest.fixture(params=SCRIPTS.values(), ids=SCRIPTS)
-def script(request: pytest.FixtureRequest) -> tuple[str, list[tuple[bytes | None, bytes]]]:
-    found: tuple[str, list[tuple[bytes | None, bytes]]] = request.param
+@pytest.fixture(params=list(SCRIPTS.values()), ids=list(SCRIPTS))
+def script(request: pytest.FixtureRequest) -> Script:
+    found: Script = request.param
     return found
-
-
-Script = tuple[str, list[tuple[bytes | None, bytes]]]
 
 
 def play(d: Drill, script: Script, behind: bytes = b"", pieces: int = 0) -> Flow:
@@ -245,7 +245,7 @@ def test_what_the_proxy_refuses_is_told_as_a_direct_connect_would(
 )
 def test_a_proxy_that_is_down_is_a_refusal_and_nothing_goes_directly(d: Drill, outcome: Refuse) -> None:
     go_out(d, f"* -> {SOCKS}")
-    told = []
+    told: list[Upstream] = []
     d.stack.tcp.upstreams.on_unreachable = told.append
     d.io.on_connect(PROXY, outcome)
     flow = knock(d)
@@ -257,7 +257,7 @@ def test_a_proxy_that_is_down_is_a_refusal_and_nothing_goes_directly(d: Drill, o
 
 def test_a_proxy_that_does_not_answer_is_a_refusal_after_the_limit_of_connects(d: Drill) -> None:
     go_out(d, f"* -> {SOCKS}")
-    told = []
+    told: list[Upstream] = []
     d.stack.tcp.upstreams.on_unreachable = told.append
     d.io.on_connect(PROXY, Never())
     flow = knock(d)
