@@ -131,21 +131,21 @@ def _link(one: Mapping[str, Any]) -> Link:
 def of_text(dns: str, domain: str, default_route: str = "", over_tls: str = "") -> list[Link]:
     """Links of what `resolvectl dns`, `domain`, `default-route` and `dnsovertls` print. Never raises.
 
-    Without an answer to the third, a link is a default route unless all its domains are only for routing (resolved's default).
+    Without an answer to the third, a link is a default route if none of its domains is for routing only (systemd.network(5),
+    DNSDefaultRoute=).
     """
     servers, domains, routes, tls = (_lines(text) for text in (dns, domain, default_route, over_tls))
     links = []
     for index, found in list(servers.items())[:MAX_LINKS]:
         its_domains = tuple(domains.get(index, ()))[:MAX_DOMAINS]
-        route_only = [name.startswith("~") for name in its_domains]
-        only_routing = any(route_only) and all(route_only) and "~." not in its_domains
+        route_only = any(name.startswith("~") for name in its_domains) and "~." not in its_domains
         said = routes.get(index)
         links.append(
             Link(
                 index=index,
                 servers=tuple(found),
                 domains=its_domains,
-                default_route=said == ["yes"] if said else not only_routing,
+                default_route=said == ["yes"] if said else not route_only,
                 over_tls=tls.get(index) == ["yes"],
             )
         )

@@ -133,10 +133,10 @@ def test_lists_that_go_on_in_the_next_line_are_read_whole() -> None:
     assert vpn.domains == ("~corp.example", "eng.corp.example", "~8.10.in-addr.arpa", "~9.10.in-addr.arpa")
 
 
-def test_before_version_240_a_link_with_only_routing_domains_is_no_default_route() -> None:
-    dns = "Link 3 (eth0): 192.168.1.1\nLink 5 (tun0): 10.8.0.1\nLink 6 (tun1): 10.9.0.1\n"
-    domain = "Link 3 (eth0): ~lan home\nLink 5 (tun0): ~corp.example ~eng.example\n"
-    assert [link.default_route for link in resolved.of_text(dns, domain)] == [True, False, True]
+def test_before_version_240_a_link_with_routing_domains_is_no_default_route() -> None:
+    dns = "Link 3 (eth0): 192.168.1.1\nLink 5 (tun0): 10.8.0.1\nLink 6 (tun1): 10.9.0.1\nLink 7 (tun2): 10.7.0.1\n"
+    domain = "Link 3 (eth0): lan home\nLink 5 (tun0): ~corp.example eng.example\nLink 7 (tun2): ~. ~corp.example\n"
+    assert [link.default_route for link in resolved.of_text(dns, domain)] == [True, False, True, True]
 
 
 def test_a_vpn_for_everything_takes_all_names_that_no_link_has() -> None:
