@@ -1,14 +1,14 @@
-"""Connections of the proxy to the outside. The only place of this package that opens sockets.
+"""Connections of the proxy to the outside, by the egress policy's leave.
 
 `connect_out(address, port)` asks the egress policy about the final numeric address, as for a connection of the guest's own, so
 that neither CONNECT nor a name that leads to the host's loopback or a metadata service goes around it (threats G25, G26):
 
     Allow      a socket to it               Rewrite    the host alias or a port of the gateway: a socket to what is meant
-    Tunnel     the program of `--forwards`  Outward    the proxy on the way out; none when there is nobody to ask (fail closed)
+    Tunnel     the program of `--forwards`  Outward    the proxy on the way out (`netstack.policy.ways_out`), fail closed
     Deny       `Refusal` 403
 
 The upstream proxies of `http_proxy.json` are the operator's word: `trusted` connects to them wherever they are, on the host's
-own loopback too.
+own loopback too; tunnels and ways out hold for them as for all others.
 
 Names are looked up by the host's `getaddrinfo`, in threads of our own, so that a slow answer holds up neither the loop nor,
 with `MAX_LOOKUPS` at once, many others. The network's own names (gateway, host alias) are known without it.
@@ -19,51 +19,39 @@ Bounds: `LOOKUP_S` for a name, `CONNECT_S` for a connection in all, `MAX_ADDRESS
 from __future__ import annotations
 
 import asyncio
-import errno
-import os
+import logging
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Final, TypeAlias
 
-from netstack.api import Endpoint
+from netstack.api import Endpoint, Way
 from netstack.errors import HostError
-from netstack.host.io import first_source_port
-from netstack.host.tunnels import check_answer, request
-from netstack.policy.egress import LOOPBACK, Deny, Egress, Rewrite, Tunnel
+from netstack.host.ways_out import exchange
+from netstack.policy.egress import ALLOW, LOOPBACK, Answer, Decision, Deny, Egress, Rewrite, Tunnel
+from netstack.policy.ways_out import Outward
 from netstack.settings import Network
 from pyvpnkit.proxy.config import Upstream
+from pyvpnkit.proxy.connect import Sockets, agree, connect, through_program
 from pyvpnkit.proxy.errors import Refusal
 from pyvpnkit.proxy.patterns import literal
+
+log = logging.getLogger("pyvpnkit.proxy")
 
 MAX_LOOKUPS: Final = 32
 LOOKUP_S: Final = 20.0
 CONNECT_S: Final = 60.0
 MAX_ADDRESSES: Final = 8
-MAX_ANSWER: Final = 4096
-"""Octets of a tunnel's answer."""
-_RETRY_S: Final = 0.02
 _TCP: Final = 6
 
 Resolve: TypeAlias = Callable[[str], Awaitable[Sequence[bytes]]]
 """The addresses of a name, 4 or 16 octets each, best first. Raises `OSError`."""
-WayOut: TypeAlias = Callable[[Any, str], Awaitable[socket.socket]]
-"""`way_out(decision, host)`: a connected, non-blocking socket for what the policy leads through a proxy. Raises `OSError` or
-`HostError`."""
-
-
-class Sockets(Protocol):
-    """Where sockets come from (`netstack.host.io.HostIO`): guests may not use up all descriptors."""
-
-    def socket(self, family: int, kind: int, protocol: int = 0) -> Any: ...
 
 
 class Outside:
     """See the module. `own` are the names of the network itself with their addresses, lower case."""
 
-    def __init__(
-        self, network: Network, egress: Egress, sockets: Sockets, *, resolve: Resolve | None, way_out: WayOut | None
-    ) -> None:
+    def __init__(self, network: Network, egress: Egress, sockets: Sockets, *, resolve: Resolve | None) -> None:
         self._egress = egress
         self._sockets = sockets
         self._alias = network.host_alias_bytes
@@ -73,8 +61,6 @@ class Outside:
             self.own |= {name.lower().rstrip("."): self._alias for name in network.host_names}
         self._threads: ThreadPoolExecutor | None = None
         self._resolve = resolve if resolve is not None else self._getaddrinfo
-        self._way_out = way_out
-        self._source_ports = first_source_port()
 
     def close(self) -> None:
         """Look nothing up any more."""
@@ -186,80 +172,56 @@ class Outside:
 
         Raises `Refusal`: 403 with the policy's reason, 503 where the host cannot connect.
         """
-        if trusted:
-            decision: Any = self._egress.decide(_TCP, address, port)
-            if isinstance(decision, Deny):
-                decision = self._trusted(address, port)
-            elif self._meant(address)[:1] != b"\x7f":
-                decision = self._egress.led(address, port)
-        else:
-            decision = self._egress.led(address, port)
+        decision = self._decide(address, port, "" if literal(host) is not None else host, trusted)
         if isinstance(decision, Deny):
             raise Refusal(403, decision.reason)
-        family = socket.AF_INET if len(address) == 4 else socket.AF_INET6
-        where = (socket.inet_ntop(family, address), port)
+        endpoint = decision.endpoint if isinstance(decision, Rewrite) else Endpoint(address, port)
         try:
             async with asyncio.timeout(CONNECT_S):
                 if isinstance(decision, Tunnel):
-                    return await self._through(decision)
-                if isinstance(decision, Rewrite):
-                    family = socket.AF_INET if len(decision.endpoint.address) == 4 else socket.AF_INET6
-                    where = decision.where
-                elif hasattr(decision, "proxy"):
-                    if self._way_out is None:
-                        raise HostError("the way out leads through a proxy")
-                    return await self._way_out(decision, host)
-                return await self._connect(family, where)
+                    return await through_program(self._sockets, decision)
+                if isinstance(decision, Outward):
+                    return await self._outward(decision)
+                return await connect(self._sockets, endpoint)
         except (OSError, TimeoutError, HostError) as error:
-            shown = f"[{where[0]}]:{port}" if family == socket.AF_INET6 else f"{where[0]}:{where[1]}"
-            raise Refusal(503, f"unable to connect to {shown}") from error
+            log.debug("proxy: %s: %s", endpoint, error)
+            raise Refusal(503, f"unable to connect to {endpoint}") from error
 
-    def _trusted(self, address: bytes, port: int) -> Any:
-        """The operator names an address that guests may not reach: a tunnel may still take it."""
-        rule = self._egress.tunnels.find(Endpoint(address, port))
-        return None if rule is None else Tunnel(rule.path, Endpoint(address, port))
+    def _decide(self, address: bytes, port: int, host: str, trusted: bool) -> Decision | Tunnel | Outward:
+        egress = self._egress
+        decision = egress.led(address, port)
+        if isinstance(decision, Tunnel):
+            return decision
+        if isinstance(egress.decide(_TCP, address, port), Deny):
+            if not trusted:
+                return decision
+            rule = egress.tunnels.find(Endpoint(address, port))
+            return ALLOW if rule is None else Tunnel(rule.path, Endpoint(address, port))
+        if not egress.ways_out:
+            return decision
+        # Once more, by the name that is known here.
+        endpoint = decision.endpoint if isinstance(decision, Rewrite) else Endpoint(address, port)
+        way = egress.ways_out.find(endpoint, host)
+        if way is Way.REFUSE:
+            return Deny("a way-out rule refuses it", Answer.REFUSED)
+        if isinstance(way, Way):
+            return decision if isinstance(decision, Rewrite) else ALLOW
+        return way
 
-    async def _connect(self, family: int, where: tuple[str, int]) -> socket.socket:
-        sock: socket.socket = socket.socket(fileno=self._sockets.socket(family, socket.SOCK_STREAM).detach())
+    async def _outward(self, outward: Outward) -> socket.socket:
+        """Through the proxy on the way out; past it only where it cannot be reached and the rules say so."""
+        failed: Exception = HostError("its name is not known")
         try:
-            sock.setblocking(False)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            await asyncio.get_running_loop().sock_connect(sock, where)
-            if where[1] >= self._source_ports and sock.getsockname()[:2] == where:
-                raise OSError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))  # it has met itself
-        except BaseException:
-            sock.close()
-            raise
-        return sock
-
-    async def _through(self, tunnel: Tunnel) -> socket.socket:
-        """VPNKit's tunnel (spec vpnkit 7.7): what the program says right behind its answer stays in the socket."""
-        loop = asyncio.get_running_loop()
-        sock: socket.socket = socket.socket(fileno=self._sockets.socket(socket.AF_UNIX, socket.SOCK_STREAM).detach())
-        try:
-            sock.setblocking(False)
-            # There is no event for a unix listener whose queue was full.
-            while (number := sock.connect_ex(tunnel.path)) == errno.EAGAIN:  # noqa: ASYNC110  # see above
-                await asyncio.sleep(_RETRY_S)
-            if number:
-                raise OSError(number, os.strerror(number))
-            await loop.sock_sendall(sock, request(tunnel))
-            length = int.from_bytes(await _exactly(loop, sock, 2), "little")
-            if length > MAX_ANSWER:
-                raise HostError(f"its answer claims {length} octets")
-            check_answer(await _exactly(loop, sock, length))
-        except BaseException:
-            sock.close()
-            raise
-        return sock
-
-
-async def _exactly(loop: asyncio.AbstractEventLoop, sock: socket.socket, octets: int) -> bytes:
-    found = b""
-    while len(found) < octets:
-        more = await loop.sock_recv(sock, octets - len(found))
-        if not more:
-            raise HostError("it closed the connection without an answer")
-        found += more
-    return found
+            places = await self.addresses(self._local(outward.proxy.host))
+        except Refusal:
+            places = ()
+        for place in places:
+            try:
+                sock = await connect(self._sockets, Endpoint(self._meant(place), outward.proxy.port))
+            except OSError as error:
+                failed = error
+                continue
+            return await agree(sock, exchange(outward))
+        if self._egress.ways_out.fail_open:
+            return await connect(self._sockets, outward.endpoint)
+        raise failed

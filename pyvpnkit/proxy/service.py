@@ -28,8 +28,9 @@ from netstack.policy.egress import Egress
 from netstack.settings import Network
 from portfwd.watch import EVERY_S, Content, FileWatch
 from pyvpnkit.proxy.config import Config, NotJson, Upstream
+from pyvpnkit.proxy.connect import Sockets
 from pyvpnkit.proxy.conversation import IDLE_S, Conversation, pass_through
-from pyvpnkit.proxy.origin import Outside, Resolve, Sockets, WayOut
+from pyvpnkit.proxy.origin import Outside, Resolve
 from pyvpnkit.proxy.relay import Relay
 
 log = logging.getLogger("pyvpnkit.proxy")
@@ -71,14 +72,13 @@ class HttpProxy:
         path: str | None = None,
         settings: Mapping[str, Any] | None = None,
         environment: Mapping[str, str] | None = None,
-        way_out: WayOut | None = None,
         resolve: Resolve | None = None,
         every_s: float = EVERY_S,
         idle_s: float = IDLE_S,
         max_connections: int = MAX_CONNECTIONS,
         max_per_guest: int = MAX_PER_GUEST,
     ) -> None:
-        self.outside = Outside(network, stack.egress, stack.io, resolve=resolve, way_out=way_out)
+        self.outside = Outside(network, stack.egress, stack.io, resolve=resolve)
         self.idle_s = idle_s
         self.counters: Counter[str] = Counter()
         """Requests, tunnels, refusals by status, connections turned away."""
