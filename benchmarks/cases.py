@@ -32,6 +32,9 @@ Result = TypeVar("Result")
 IDLE_FLOWS = 10_000
 PACED_RATE = 20_000
 DNS_WINDOW = 32
+NEW_NAMES = 65536
+"""More than any cache holds."""
+FEW_NAMES = 64
 GIB = float(1 << 30)
 DOWN_OCTETS = 256 << 20
 UP_OCTETS = 64 << 20
@@ -219,17 +222,19 @@ def udp(size: int, down: bool) -> Callable[[Guest, Conditions], Metrics]:
     return run
 
 
-def dns(guest: Guest, at: Conditions) -> Metrics:
-    report, cpu = with_cpu(
-        guest,
-        lambda: netload(
-            guest, "dns", guest.resolver, 53, "bench.example", DNS_WINDOW, at.seconds, limit_s=at.seconds + 20
-        ),
-    )
-    if not report["operations"]:
-        raise CaseFailed(f"no right answer ({report['wrong']} wrong, {report['lost']} lost)")
-    told = {name: float(report[name]) for name in ("p50_us", "p99_us", "wrong", "lost")}
-    return {"per_s": report["rate"], **told, **cost(cpu, "cpu_us_per_op", report["operations"])}
+def dns(names: int) -> Callable[[Guest, Conditions], Metrics]:
+    def run(guest: Guest, at: Conditions) -> Metrics:
+        def ask() -> dict[str, Any]:
+            asked = guest.resolver, 53, "bench.example", DNS_WINDOW, at.seconds, names
+            return netload(guest, "dns", *asked, limit_s=at.seconds + 20)
+
+        report, cpu = with_cpu(guest, ask)
+        if not report["operations"]:
+            raise CaseFailed(f"no right answer ({report['wrong']} wrong, {report['lost']} lost)")
+        told = {name: float(report[name]) for name in ("p50_us", "p99_us", "wrong", "lost")}
+        return {"per_s": report["rate"], **told, **cost(cpu, "cpu_us_per_op", report["operations"])}
+
+    return run
 
 
 def startup(guest: Guest, at: Conditions) -> Metrics:
@@ -348,7 +353,8 @@ def _cases() -> dict[str, Case]:
             cases.append(Case(name=f"udp_{direction}_{size}", run=udp(size, direction == "down"), help=text))
     cases += [
         *_published(),
-        Case(name="dns", run=dns, help=f"DNS queries forwarded, {DNS_WINDOW} outstanding"),
+        Case(name="dns", run=dns(NEW_NAMES), help=f"DNS queries forwarded, {DNS_WINDOW} outstanding"),
+        Case(name="dns_cache", run=dns(FEW_NAMES), help=f"DNS queries for {FEW_NAMES} names, {DNS_WINDOW} outstanding"),
         Case(name="startup", run=startup, fresh=True, needs_backend=True, needs_dhcp=True, help="exec to DHCP offer"),
         Case(name="idle", run=idle, fresh=True, needs_backend=True, help="memory and CPU of an idle daemon"),
         Case(name="flows", run=idle_flows, fresh=True, needs_backend=True, help="memory with 10,000 idle TCP flows"),

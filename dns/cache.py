@@ -7,7 +7,8 @@ live that have gone down, and AA cleared: what is remembered is not authoritativ
 
 Kept are answers with records, as long as their shortest time to live, and denials (no such name, no such records) with an SOA
 record, as long as that and its minimum say (RFC 2308 5). Nothing else: no truncated message, no failure, nothing that cannot
-be read. At most `MAX_QUESTIONS` (spec vpnkit 4.4) and `MAX_OCTETS`; what was not used for longest goes first.
+be read. Most answers are never asked for again, so an answer is looked into when somebody does, and may turn out not to hold.
+At most `MAX_QUESTIONS` (spec vpnkit 4.4) and `MAX_OCTETS`; what was not used for longest goes first.
 
 No I/O and no clock: the caller says what time it is, and empties the cache whenever another server may answer for a name.
 """
@@ -15,7 +16,8 @@ No I/O and no clock: the caller says what time it is, and empties the cache when
 from __future__ import annotations
 
 import struct
-from typing import Final
+from collections import OrderedDict
+from typing import Final, TypeAlias
 
 from dns import codec
 from netstack.errors import Malformed
@@ -31,6 +33,7 @@ _OVERHEAD: Final = 400
 """About what an entry costs besides its octets."""
 _ttl = struct.Struct("!I")
 _rr = struct.Struct("!HHIH")
+_KEPT: Final = (codec.NOERROR, codec.NXDOMAIN)
 _PLAIN: Final = bytes(6)
 _EDNS: Final = b"\0\0\0\0\0\1"
 
@@ -54,19 +57,27 @@ def patched(query: bytes, end: int, answer: bytes) -> bytes:
 
 
 class _Entry:
+    """An answer that was looked into, because somebody asked for it again."""
+
     __slots__ = ("by", "head", "kept_at", "octets", "patched_s", "tail", "ttls", "until")
 
-    def __init__(
-        self, head: bytes, tail: bytes, ttls: list[tuple[int, int]], kept_at: float, until: float, by: str
-    ) -> None:
-        self.head = head  # flags and counts
-        self.tail = tail  # what follows the question
-        self.ttls = ttls  # offset in `tail`, and value when it came
-        self.kept_at = kept_at
-        self.until = until
+    def __init__(self, answer: bytes, end: int, kept_at: float, by: str) -> None:
         self.by = by
+        self.kept_at = kept_at
+        self.head = bytes((answer[2] & 0xFB,)) + answer[3 : codec.HEADER]  # flags without AA, and counts
+        self.tail = answer[end:]  # what follows the question
         self.patched_s = 0
-        self.octets = len(tail) + _OVERHEAD
+        self.octets = len(answer)
+        denial = answer[3] & 0x0F == codec.NXDOMAIN or not (answer[6] or answer[7])
+        try:
+            self.ttls, life_s = _times(answer, end, denial)
+        except Malformed:
+            self.ttls, life_s = [], 0
+        self.until = kept_at + life_s
+
+
+_Raw: TypeAlias = tuple[bytes, int, float, str]
+"""An answer as it came, the end of its question, when, and from whom: most are never asked for again, and are not looked into."""
 
 
 class Cache:
@@ -75,10 +86,8 @@ class Cache:
     def __init__(self, max_questions: int = MAX_QUESTIONS, max_octets: int = MAX_OCTETS) -> None:
         self._max_questions = max_questions
         self._max_octets = max_octets
-        self._entries: dict[bytes, _Entry] = {}
+        self._entries: OrderedDict[bytes, _Raw | _Entry] = OrderedDict()
         self.octets = 0
-        self.hits = 0
-        self.misses = 0
         self.evicted = 0
         self.flushes = 0
 
@@ -91,18 +100,23 @@ class Cache:
         self.octets = 0
         self.flushes += 1
 
-    def find(self, key: bytes, query: bytes, end: int, now: float) -> bytes | None:
-        """The answer to `query` if there is one that still holds."""
+    def _entry(self, key: bytes, now: float) -> _Entry | None:
         entry = self._entries.get(key)
         if entry is None:
-            self.misses += 1
             return None
+        if not isinstance(entry, _Entry):
+            entry = self._entries[key] = _Entry(*entry)
         if now >= entry.until:
-            self._remove(key)
-            self.misses += 1
+            self.octets -= entry.octets + _OVERHEAD
+            del self._entries[key]
             return None
-        self.hits += 1
-        self._entries[key] = self._entries.pop(key)
+        return entry
+
+    def find(self, key: bytes, query: bytes, end: int, now: float) -> bytes | None:
+        """The answer to `query` if there is one that still holds."""
+        if key not in self._entries or (entry := self._entry(key, now)) is None:
+            return None
+        self._entries.move_to_end(key)
         age_s = int(now - entry.kept_at)
         if age_s != entry.patched_s:
             tail = bytearray(entry.tail)
@@ -114,36 +128,25 @@ class Cache:
 
     def look(self, key: bytes, now: float) -> tuple[str, float, float] | None:
         """Who gave the answer under `key`, its age and the seconds it has left; without using it."""
-        entry = self._entries.get(key)
-        if entry is None or now >= entry.until:
-            return None
-        return entry.by, now - entry.kept_at, entry.until - now
+        entry = self._entry(key, now)
+        return None if entry is None else (entry.by, now - entry.kept_at, entry.until - now)
 
     def keep(self, key: bytes, end: int, answer: bytes, now: float, by: str) -> None:
         """Take in `answer`, whose question ends at `end`, if it may be kept; `by` is who gave it."""
-        if answer[2] & codec.TC or len(answer) > self._max_octets >> 2:
+        if answer[2] & codec.TC or answer[3] & 0x0F not in _KEPT:
             return
-        code = answer[3] & 0x0F
-        if code not in (codec.NOERROR, codec.NXDOMAIN):
-            return
-        try:
-            ttls, life_s = _times(answer, end, denial=code == codec.NXDOMAIN or not (answer[6] or answer[7]))
-        except Malformed:
-            return
-        if life_s <= 0:
-            return
-        if key in self._entries:
+        entries = self._entries
+        if key in entries:
             self._remove(key)
-        head = bytes((answer[2] & ~0x04 & 0xFF,)) + answer[3 : codec.HEADER]
-        entry = _Entry(head, answer[end:], ttls, now, now + life_s, by)
-        self._entries[key] = entry
-        self.octets += entry.octets
-        while len(self._entries) > self._max_questions or self.octets > self._max_octets:
-            self._remove(next(iter(self._entries)))
+        entries[key] = answer, end, now, by
+        self.octets += len(answer) + _OVERHEAD
+        while len(entries) > self._max_questions or self.octets > self._max_octets:
+            self._remove(next(iter(entries)))
             self.evicted += 1
 
     def _remove(self, key: bytes) -> None:
-        self.octets -= self._entries.pop(key).octets
+        entry = self._entries.pop(key)
+        self.octets -= (entry.octets if isinstance(entry, _Entry) else len(entry[0])) + _OVERHEAD
 
 
 def _times(answer: bytes, end: int, denial: bool) -> tuple[list[tuple[int, int]], int]:

@@ -169,13 +169,16 @@ class Forwarder:
 
     # Asking
 
-    def ask(self, query: bytes, end: int, answered: Answered, stream: bool = False) -> None:
+    def ask(
+        self, query: bytes, end: int, answered: Answered, *, stream: bool = False, now: float | None = None
+    ) -> None:
         """Relay `query`, whose question ends at `end`, and call `answered` once with an answer of any size; SERVFAIL at worst.
 
-        With `stream` it is asked over TCP, for a guest that came over TCP.
+        With `stream` it is asked over TCP, for a guest that came over TCP. `now` is of this moment, if the caller knows it.
         """
         routes = self._routes if self._resolvers() is self._seen else self._now_routes()
-        now = self._clock()
+        if now is None:
+            now = self._clock()
         key = cache.key(query, end)
         if key is not None:
             found = self.cache.find(key, query, end, now)
@@ -239,6 +242,17 @@ class Forwarder:
         self._asked.add(asked)
         if asked.key is not None:
             self._flying[asked.key] = asked
+        sole = asked.route.sole
+        if sole is not None and not sole.offline:  # as `_next_group`, in short
+            asked.group = 0
+            timeout_s = sole.server.timeout_s
+            asked.pending[sole] = now + timeout_s, 0
+            self._send(asked, sole, now)
+            if asked.pending:
+                asked.next_at = now + (timeout_s if timeout_s < self._retry_s else self._retry_s)
+                if self._timer is None or self._timer_at > asked.next_at:
+                    self._arm(asked.next_at)
+                return
         self._next_group(asked, now)
 
     def _next_group(self, asked: Asked, now: float) -> None:
@@ -277,8 +291,7 @@ class Forwarder:
             if state not in asked.tasks.values():
                 state.asked += 1
                 task = self._loop.create_task(self._converse(asked, state, now))
-                asked.tasks[task] = state
-                task.add_done_callback(lambda task: asked.tasks.pop(task, None))
+                asked.tasks = {**asked.tasks, task: state}
             return
         if len(asked.tries) >= MAX_TRIES:
             return
@@ -350,8 +363,8 @@ class Forwarder:
             answer = await asker.ask(asked.query, asked.end)
         except HostError:
             answer = b""
-        if (task := asyncio.current_task()) is not None:
-            asked.tasks.pop(task, None)
+        this = asyncio.current_task()
+        asked.tasks = {task: known for task, known in asked.tasks.items() if task is not this}
         if asked not in self._asked or (not answer and state.server not in self._states):
             return  # nobody waits any longer; or the server is gone, and the next tick asks others
         if len(answer) < codec.HEADER:
@@ -364,12 +377,12 @@ class Forwarder:
         now = self._clock()
         state.answered += 1
         state.took_s = now - sent_at
-        state.misses = 0
-        state.offline = False
+        if state.misses:
+            state.misses, state.offline = 0, False
         found = worth(answer)
         if asked.trace is not None:
             asked.trace.append((state, "answered", answer, now - sent_at))
-        if found == 4 or (found and len(asked.route.groups) == 1 == len(asked.route.groups[0])):
+        if found == 4 or (found and asked.route.sole is not None):
             self._finish(asked, answer, state.name, now)
             return
         self._close_tries(asked, state)
@@ -408,23 +421,28 @@ class Forwarder:
         self._loop.remove_reader(fd)
         sock.close()
 
-    def _drop(self, asked: Asked) -> None:
-        for fd in tuple(asked.tries):
-            self._close_try(asked, fd)
+    def _drop(self, asked: Asked) -> bool:
+        """Let it go; whether it was the one that other askers of its question would have waited for."""
+        loop = self._loop
+        assert loop is not None
+        for fd, one in asked.tries.items():
+            loop.remove_reader(fd)
+            one[0].close()
+        asked.tries.clear()
         for task in asked.tasks:
             task.cancel()
-        if asked in self._asked:
-            self._asked.remove(asked)
-            self._waiters -= len(asked.waiting)
-            if asked.key is not None and self._flying.get(asked.key) is asked:
-                del self._flying[asked.key]
+        if asked not in self._asked:
+            return False
+        self._asked.remove(asked)
+        self._waiters -= len(asked.waiting)
+        if asked.key is None or self._flying.get(asked.key) is not asked:
+            return False
+        del self._flying[asked.key]
+        return True
 
     def _finish(self, asked: Asked, answer: bytes, by: str, now: float) -> None:
         key = asked.key
-        fresh = key is not None and self._flying.get(key) is asked  # and not of routes that hold no longer
-        self._drop(asked)
-        if fresh:
-            assert key is not None
+        if self._drop(asked) and key is not None:  # else of routes that hold no longer
             self.cache.keep(key[:-1] if asked.stream else key, asked.end, answer, now, by)
         waiting = asked.waiting
         if len(waiting) == 1:
@@ -513,7 +531,7 @@ class Forwarder:
             self._close_try(asked, fd)
         for task in asked.tasks:
             task.cancel()
-        asked.tasks.clear()
+        asked.tasks = {}
         asked.pending.clear()
         asked.route, asked.group, asked.desperate = route, -1, False
         asked.best, asked.best_by, asked.worth = None, NOBODY, -1

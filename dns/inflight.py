@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeAlias
 
 from dns.rules import Route
@@ -74,30 +74,24 @@ Waiting: TypeAlias = tuple[bytes, int, Answered]
 
 
 class Asked:
-    """One question on its way, for all who wait for its answer."""
+    """One question on its way, for all who wait for its answer. HOT PATH: most keep the values that the class has."""
 
-    __slots__ = (
-        "best",
-        "best_by",
-        "best_group",
-        "desperate",
-        "end",
-        "give_up_at",
-        "group",
-        "hold_at",
-        "key",
-        "moved",
-        "next_at",
-        "pending",
-        "query",
-        "route",
-        "stream",
-        "tasks",
-        "trace",
-        "tries",
-        "waiting",
-        "worth",
-    )
+    group = -1
+    """Of `route.groups`, the last one asked."""
+    worth = -1
+    """Of `best`; see `dns.upstream.worth`."""
+    best: bytes | None = None
+    """The best answer so far that could still be bettered."""
+    best_by = NOBODY
+    best_group = -1
+    desperate = False
+    """Servers that are offline are asked, because nobody else is left."""
+    moved = False
+    """The network changed: ask again, and blame nobody."""
+    trace: list[tuple[ServerState, str, bytes, float]] | None = None
+    """What came of each try, for `explain`: server, result, answer, seconds since it was asked."""
+    tasks: Mapping[asyncio.Task[None], ServerState] = {}  # never changed, only replaced
+    """Questions over connections, and to askers of other kinds."""
 
     def __init__(
         self,
@@ -118,20 +112,6 @@ class Asked:
         self.stream = stream
         self.next_at = give_up_at
         self.hold_at = give_up_at
-        self.group = -1
-        """Of `route.groups`, the last one asked."""
         self.pending: dict[ServerState, tuple[float, int]] = {}
         """Servers that are waited for: until when, and their group."""
         self.tries: dict[int, Try] = {}
-        self.tasks: dict[asyncio.Task[None], ServerState] = {}
-        self.best: bytes | None = None
-        self.best_by = NOBODY
-        self.best_group = -1
-        self.worth = -1
-        """Of `best`; see `dns.upstream.worth`."""
-        self.desperate = False
-        """Servers that are offline are asked, because nobody else is left."""
-        self.moved = False
-        """The network changed: ask again, and blame nobody."""
-        self.trace: list[tuple[ServerState, str, bytes, float]] | None = None
-        """What came of each try, for `explain`: server, result, answer, seconds since it was asked."""

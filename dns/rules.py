@@ -77,6 +77,8 @@ class Route(Generic[Asked]):
     refused: bool = False
     private: bool = False
     """Of a rule or a zone: not to be asked elsewhere."""
+    sole: Asked | None = None
+    """The server, where there is one only."""
 
 
 class Routes(Generic[Asked]):
@@ -123,7 +125,8 @@ def _route(why: str, servers: Iterable[Server], state: Mapping[Server, Asked], p
     for server in dict.fromkeys(servers):
         groups.setdefault(server.order, []).append(state[server])
     ordered = tuple(tuple(groups[order]) for order in sorted(groups))
-    return Route(why, ordered, refused=private and not ordered, private=private)
+    sole = ordered[0][0] if len(ordered) == 1 == len(ordered[0]) else None
+    return Route(why, ordered, refused=private and not ordered, private=private, sole=sole)
 
 
 def text_name(wire: bytes) -> str:

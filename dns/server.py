@@ -206,7 +206,8 @@ class Server:
         if self._closed:
             return
         self._counters["queries_udp"] += 1
-        began = self._clock()
+        clock = self._clock
+        began = clock()
         own, end, own_by = self._own_answer(payload)
 
         def answered(answer: bytes, by: str) -> None:
@@ -217,21 +218,15 @@ class Server:
                     self._counters["truncated"] += 1
                     answer = codec.fit(answer, limit)
             reply(answer)
-            self._note(began, source, payload, end, False, by, answer)
+            now = clock()
+            question = payload[codec.HEADER : end]
+            counts = answer[3] & 0x0F, answer[6] << 8 | answer[7], len(answer)
+            self._log.add((now, now - began, source, question, False, by, *counts))
 
         if own is None:
-            self._forwarder.ask(payload, end, answered)
+            self._forwarder.ask(payload, end, answered, now=began)
         elif own:
             answered(own, own_by)
-
-    def _note(
-        self, began: float, source: Endpoint, query: bytes, end: int, stream: bool, by: str, answer: bytes
-    ) -> None:
-        now = self._clock()
-        question = query[codec.HEADER : end]
-        self._log.add(
-            (now, now - began, source, question, stream, by, answer[3] & 0x0F, answer[6] << 8 | answer[7], len(answer))
-        )
 
     async def stream(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, source: Endpoint) -> None:
         """One TCP connection: messages behind two octets of length (RFC 1035 4.2.2), pipelined, answered as answers come.
@@ -272,7 +267,9 @@ class Server:
             if answer is None:
                 answer, by = await self._forwarder.ask_stream(query, end)
             if answer:
-                self._note(began, source, query, end, True, by, answer)
+                now = self._clock()
+                counts = answer[3] & 0x0F, answer[6] << 8 | answer[7], len(answer)
+                self._log.add((now, now - began, source, query[codec.HEADER : end], True, by, *counts))
             if answer and not writer.is_closing():
                 writer.write(_length.pack(len(answer)) + answer)
                 async with asyncio.timeout(self._idle_s):

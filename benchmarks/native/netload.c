@@ -10,7 +10,7 @@
  *                                                    each again and end
  *   netload udp-up ADDRESS PORT SIZE RATE SECONDS    datagrams to the peer; RATE 0 is as fast as they go
  *   netload udp-down ADDRESS PORT SIZE RATE SECONDS  datagrams from the peer
- *   netload dns ADDRESS PORT ZONE WINDOW SECONDS     queries with WINDOW outstanding, each answer checked by its id
+ *   netload dns ADDRESS PORT ZONE WINDOW SECONDS NAMES  queries for so many names with WINDOW outstanding, each answer checked
  *   netload dhcp-tap INTERFACE SECONDS               waits for the interface, then DISCOVER until an OFFER comes
  *   netload dhcp-qemu PATH SECONDS                   the same over a stream with 4-octet big-endian lengths
  *
@@ -767,13 +767,14 @@ static int dns(char **args)
 	static uint64_t asked[65536]; /* by id; 0 = not outstanding */
 	uint64_t start = clock_ns(), now = start, end = start + in_seconds(args[4]), done = 0, wrong = 0, lost = 0, swept = start;
 	uint16_t id = 0;
+	int names = atoi(args[5]);
 	uint8_t message[2048];
 	while (now < end) {
 		while (outstanding < window) {
 			while (asked[++id])
 				;
 			char name[256];
-			snprintf(name, sizeof name, "q%u.%s", id, args[2]);
+			snprintf(name, sizeof name, "q%u.%s", id % names, args[2]);
 			memcpy(message, "\0\0\1\0\0\1\0\0\0\0\0\0", 12);
 			message[0] = id >> 8;
 			message[1] = (uint8_t)id;
@@ -795,7 +796,7 @@ static int dns(char **args)
 			while ((size = recv(fd, message, sizeof message, MSG_DONTWAIT)) >= 12) {
 				uint16_t reply = (uint16_t)(message[0] << 8 | message[1]);
 				char label[16];
-				int length = snprintf(label, sizeof label, "q%u", reply);
+				int length = snprintf(label, sizeof label, "q%u", reply % names);
 				if (!asked[reply] || !(message[2] & 0x80) || message[3] & 15 || !message[7] || size < 13 + length ||
 				    memcmp(message + 13, label, length)) {
 					wrong++;
@@ -959,7 +960,7 @@ static const struct {
 } commands[] = {
 	{ "serve", 2, serve },       { "dns-serve", 2, dns_serve }, { "probe", 3, probe },       { "rr", 4, rr },
 	{ "crr", 4, crr },           { "idle", 4, idle },           { "udp-up", 5, udp_up },     { "udp-down", 5, udp_down },
-	{ "dns", 5, dns },           { "dhcp-tap", 2, dhcp_tap },   { "dhcp-qemu", 2, dhcp_qemu },
+	{ "dns", 6, dns },           { "dhcp-tap", 2, dhcp_tap },   { "dhcp-qemu", 2, dhcp_qemu },
 	{ "short", 4, short_connections },
 };
 

@@ -261,7 +261,7 @@ def test_dns_answers_are_matched_by_id() -> None:
     server = subprocess.Popen([str(build("netload")), "dns-serve", "127.0.0.1", "0"], stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
     try:
-        result = netload("dns", json.loads(server.stdout.readline())["port"], "bench.example", 8, 0.2)
+        result = netload("dns", json.loads(server.stdout.readline())["port"], "bench.example", 8, 0.2, 65536)
     finally:
         end(server)
     assert result["operations"] > 100 and result["wrong"] == result["lost"] == 0
@@ -286,7 +286,7 @@ def test_wrong_dns_answers_are_not_counted_as_answers() -> None:
 
         thread = threading.Thread(target=answer)
         thread.start()
-        result = netload("dns", server.getsockname()[1], "bench.example", 4, 0.2)
+        result = netload("dns", server.getsockname()[1], "bench.example", 4, 0.2, 65536)
         server.sendto(b"end", server.getsockname())
         thread.join()
     assert result["operations"] == 0 and result["wrong"] > 0
