@@ -6,6 +6,7 @@ nor PyObjC, and sees the same a little later.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import socket
 import subprocess
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from netstack.errors import HostError
-from pyvpnkit.hostnet.routes import Egress, Route, Snapshot, made
+from pyvpnkit.hostnet.routes import SOMEWHERE, SOMEWHERE_6, Egress, Route, Snapshot, made
 
 _LIMIT_S: Final = 10.0
 _MAX_LINES: Final = 20_000
@@ -37,20 +38,22 @@ def read(ifconfig: str, netstat: str) -> Snapshot:
     """What both programs said. A line that cannot be understood is passed over."""
     addresses, mtus = parse_ifconfig(ifconfig)
     routes = list(parse_netstat(netstat))
-    defaults = [route for route in routes if not route.destination.prefixlen]
-    out = next((route.interface for route in defaults if route.destination.version == 4), None)
+    four, six = (_way_to(one, routes) for one in (SOMEWHERE, SOMEWHERE_6))
+    # Services of macOS have utun interfaces with IPv6 routes that lead nowhere: without a global address nothing would come back.
+    has_global = any(len(one) == 16 and one[0] & 0xE0 == 0x20 for one in addresses)  # 2000::/3
     return Snapshot(
         addresses=frozenset(addresses),
         routes=frozenset(routes),
-        egress=Egress(interface=out, mtu=mtus[out]) if out in mtus else None,
-        ipv6_route=any(route.destination.version == 6 and _usable(route, addresses) for route in defaults),
+        egress=Egress(interface=four, mtu=mtus[four]) if four in mtus else None,
+        ipv6_route=has_global and six in mtus,
     )
 
 
-def _usable(route: Route, addresses: set[bytes]) -> bool:
-    """utun interfaces of macOS's own services have link-local default routes, which lead nowhere without a global address."""
-    has_global = any(len(one) == 16 and one[0] & 0xE0 == 0x20 for one in addresses)  # 2000::/3
-    return has_global and not route.interface.startswith("lo")
+def _way_to(address: bytes, routes: list[Route]) -> str:
+    """The interface of the longest prefix, of equals the first as netstat lists them; empty for none."""
+    found = [route for route in routes if ipaddress.ip_address(address) in route.destination]
+    best = max(found, key=lambda route: route.destination.prefixlen, default=None)
+    return "" if best is None or best.interface.startswith("lo") else best.interface
 
 
 def parse_ifconfig(text: str) -> tuple[set[bytes], dict[str, int]]:
@@ -91,7 +94,9 @@ def parse_netstat(text: str) -> Iterator[Route]:
                 if "W" in flags or "L" in flags or len(words) <= at:
                     continue
                 network = _six(destination) if six else _four(destination)
-                if network is not None:
+                if network is not None and (
+                    network[1] or "I" not in flags
+                ):  # RTF_IFSCOPE: for who binds to that interface
                     yield from made(network[0], network[1], words[at])
 
 

@@ -22,8 +22,8 @@ MIN_MTU: Final = 576
 WIDE: Final = 8
 """Routes for more addresses than this prefix length has are ways to everywhere (VPN clients split the default route in two),
 and no network that could clash."""
-_SOMEWHERE: Final = bytes((45, 0, 0, 1))
-_SOMEWHERE_6: Final = ipaddress.IPv6Address("2600::1").packed
+SOMEWHERE: Final = bytes((45, 0, 0, 1))
+SOMEWHERE_6: Final = ipaddress.IPv6Address("2600::1").packed
 """Addresses of the Internet that nobody makes a special route for. No packet is sent there."""
 _NEITHER: Final = (ipaddress.ip_network("fe80::/10"), ipaddress.ip_network("ff00::/8"))
 """Routes every interface has, and loses with each container that ends."""
@@ -79,8 +79,8 @@ def snapshot() -> Snapshot:
             return Snapshot(
                 addresses=frozenset(one.octets for one in asker.addresses()),
                 routes=frozenset(_routes(asker.routes(), interfaces)),
-                egress=_egress(asker.way_to(_SOMEWHERE), interfaces),
-                ipv6_route=_leads_out(asker.way_to(_SOMEWHERE_6), interfaces),
+                egress=_egress(asker.way_to(SOMEWHERE), interfaces),
+                ipv6_route=_leads_out(asker.way_to(SOMEWHERE_6), interfaces),
             )
     except (Malformed, OSError) as error:
         raise HostError(f"the host's network cannot be read: {error}") from None
