@@ -68,6 +68,7 @@ class Conversation:
         self._destination = destination
         self._scheme = scheme
         self._method = b""
+        self._gone = False
         self._server: Wire | None = None
         self._kept: object = None
         """Whom `_server` is connected to."""
@@ -282,7 +283,7 @@ class Conversation:
                     upload = asyncio.get_running_loop().create_task(self._upload(server, faults))
                 else:
                     await server.send(h11.EndOfMessage())
-                    guest.watch(server.abort)
+                    guest.watch(self._left)
                 answer = await self._final(server)
             except _FAULTS as error:
                 if again:
@@ -297,7 +298,7 @@ class Conversation:
         except _FAULTS as error:
             if faults:
                 raise faults[0] from None
-            if not guest.may_answer:
+            if self._gone or not guest.may_answer:
                 raise Gone(f"the answer broke off: {error}") from None
             what = f"HTTP proxy {route.upstream}" if route.upstream is not None else route.place.full
             raise Refusal(502, f"{what} did not answer: {error or 'it closed the connection'}") from None
@@ -306,6 +307,12 @@ class Conversation:
             if upload is not None:
                 upload.cancel()
                 await asyncio.gather(upload, return_exceptions=True)
+
+    def _left(self) -> None:
+        """The guest is gone while a server thinks: whoever waits for that server need not."""
+        self._gone = True
+        if self._server is not None:
+            self._server.abort()
 
     async def _upload(self, server: Wire, faults: list[BaseException]) -> None:
         """The body of a request; then whether the guest waits. What goes wrong with the guest ends the exchange."""
@@ -323,7 +330,7 @@ class Conversation:
                 except OSError:
                     return  # it reads no more; its answer may be there
                 if isinstance(event, h11.EndOfMessage):
-                    self._guest.watch(server.abort)
+                    self._guest.watch(self._left)
                     return
         except (Refusal, Gone, OSError, h11.LocalProtocolError) as error:
             faults.append(error if isinstance(error, Refusal | Gone) else Gone(str(error)))

@@ -23,6 +23,9 @@ from pyvpnkit.proxy.relay import hung_up
 
 CHUNK: Final = 64 << 10
 MAX_HEAD: Final = 32 << 10
+"""Of a request ..."""
+MAX_ANSWER_HEAD: Final = 128 << 10
+"""... and of an answer; also of the trailers of either."""
 _LINGER_S: Final = 2.0
 _LINGER_OCTETS: Final = 4 << 20
 _LOOK_S: Final = 1.0
@@ -122,7 +125,7 @@ class Wire:
 
     def __init__(self, sock: socket.socket, role: type[h11.CLIENT] | type[h11.SERVER]) -> None:
         self.sock = sock
-        self.h11 = h11.Connection(role, max_incomplete_event_size=MAX_HEAD)
+        self.h11 = h11.Connection(role, MAX_HEAD if role is h11.SERVER else MAX_ANSWER_HEAD)
         self._loop = asyncio.get_running_loop()
         self._watching = False
         self._timer: asyncio.TimerHandle | None = None
