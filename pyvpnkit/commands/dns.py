@@ -90,8 +90,10 @@ def explanation(said: Mapping[str, Any]) -> list[str]:
         f"name     {said['name']} {said['type']}",
         f"source   {_SOURCES.get(said['source'], said['route'])}",
     ]
-    for one in said["servers"]:
-        lines.append(f"server   {one['server']}, order {one['order']}{', offline' if one['offline'] else ''}")
+    lines += [
+        f"server   {one['server']}, order {one['order']}{', offline' if one['offline'] else ''}"
+        for one in said["servers"]
+    ]
     if (cache := said["cache"]) is not None:
         lines.append(f"cache    from {cache['by']} {cache['age_s']:.0f} s ago, holds for {cache['left_s']:.0f} s")
     elif said["route"] is not None:
