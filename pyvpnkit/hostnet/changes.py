@@ -200,11 +200,11 @@ class HostWatch:
         if self._loop is None or reading.cancelled():
             return
         self._reading = None
+        self._timer = self._loop.call_later(max(self._poll_s, _COST * self._read_s), self._poll)
         try:
             self._compare(reading.result())
         except HostError as error:
             self._failed(error)
-        self._timer = self._loop.call_later(max(self._poll_s, _COST * self._read_s), self._poll)
 
     def _soon(self) -> None:
         """A wish while one waits is the same wish, so constant change does not put the look off."""
