@@ -24,6 +24,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from enum import StrEnum
 from typing import Final
 
@@ -234,6 +235,9 @@ class HostResolvers:
             self._origin = Mode.RESOLV_CONF
             return conf
         self._origin = Mode.SCUTIL if program is self._scutil else Mode.RESOLVED
+        if program is self._resolved and all(server.zones for server in program.found.servers):
+            # No link is for all names: the stub asks resolved's fallback servers.
+            return replace(program.found, servers=(*program.found.servers, *conf.servers))
         return program.found
 
     def _ask(self, program: _Program, not_before_s: float) -> bool:

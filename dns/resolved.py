@@ -5,7 +5,8 @@ DNSSEC bits and single labels pass untouched, it can be said who answered, and t
 
 The rules are resolved's own. A link's servers are asked for the names under its domains (`corp.example` and `~corp.example`).
 For all other names those of links with `~.` are; where no link has that, the global ones and those of links that are a
-default route. A domain that two links have is asked of both.
+default route. A domain that two links have is asked of both. Its fallback servers, which it asks when it has none, are left to
+its stub (`dns.follow`).
 
 `resolvectl` is asked, not D-Bus: it is there where resolved is, and speaks to the bus without 3,000 lines of ours. Since
 version 259 its status is to be had in JSON; before, its short commands print a line for each link, the same since 240. It
@@ -111,7 +112,7 @@ def of_json(text: str) -> list[Link]:
 
 def _link(one: Mapping[str, Any]) -> Link:
     servers = []
-    for server in one.get("servers") or one.get("fallbackServers") or ():
+    for server in one.get("servers") or ():
         address, port = str(server["addressString"]), int(server.get("port") or 53)
         name = f"#{server['name']}" if server.get("name") else ""
         address = f"[{address}]" if ":" in address else address

@@ -198,6 +198,21 @@ async def test_behind_resolveds_stub_its_links_are_followed(tmp_path: Path, monk
         assert source.origin is Mode.RESOLV_CONF
 
 
+async def test_where_no_link_is_for_all_names_the_stub_is(tmp_path: Path) -> None:
+    path = tmp_path / "resolv.conf"
+    path.write_text(STUB)
+    said = {"dns": "Global:\nLink 5 (tun0): 10.8.0.1\n", "domain": "Link 5 (tun0): ~corp.example\n"}
+    async with following(resolv_conf=str(path), resolvectl=lambda asked: said.get(asked[0], ""), state=()) as source:
+        await until(lambda: source.origin is Mode.RESOLVED)
+        assert source().servers == (
+            Server(Upstream("10.8.0.1"), (codec.wire_name("corp.example"),)),
+            *source.resolv_conf().servers,
+        )
+        first = source()
+        source.network_changed()
+        assert source() is first
+
+
 async def test_a_resolvectl_that_fails_leaves_the_stub_and_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -58,7 +58,12 @@ Link 5 (tun0): ~corp.example eng.corp.example
 """
 # systemd 259, as its varlink interface describes it.
 STATUS_259 = [
-    {"servers": [], "fallbackServers": [], "dnsOverTLS": "no", "resolvConfMode": "stub"},
+    {
+        "servers": [],
+        "fallbackServers": [{"addressString": "1.1.1.1", "family": 2, "port": 53, "accessible": True}],
+        "dnsOverTLS": "no",
+        "resolvConfMode": "stub",
+    },
     {"ifname": "lo", "ifindex": 1, "defaultRoute": False},
     {
         "ifname": "eth0",

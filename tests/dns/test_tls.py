@@ -18,7 +18,8 @@ from dns.askers import askers
 from dns.server import Server as DnsServer
 from dns.servers import Resolvers, Server, Upstream
 from dns.tls import ANY_NAME, Certificates, TlsAsker
-from netstack.errors import HostError
+from dns.tls import parse as parse_server
+from netstack.errors import ConfigError, HostError
 from tests.dns.support import a_reply, ask, framed, parse, query, read_framed
 
 NAME = "dns.corp.example"
@@ -118,6 +119,26 @@ async def put(tls: TlsAsker, name: str, query_id: int = 0x1234) -> list[str]:
         answer = parse(await tls.ask(message, codec.question_end(message)))
     assert answer.header.id == query_id and str(answer.q.qname) == f"{name}."
     return [str(rr.rdata) for rr in answer.rr]
+
+
+@pytest.mark.parametrize(
+    ("text", "server"),
+    [
+        ("tls://192.0.2.53#dns.example", Server(Upstream("192.0.2.53", 853), tls="dns.example")),
+        ("tls://192.0.2.53:8853#dns.example", Server(Upstream("192.0.2.53", 8853), tls="dns.example")),
+        ("tls://[2001:db8::53]", Server(Upstream("2001:db8::53", 853), tls="2001:db8::53")),
+        ("tls://2001:db8::53#*", Server(Upstream("2001:db8::53", 853), tls="*")),
+        ("192.0.2.53#5353", Server(Upstream("192.0.2.53", 5353))),
+    ],
+)
+def test_a_server_over_tls_is_written_as_an_address_and_a_name(text: str, server: Server) -> None:
+    assert parse_server(text) == server
+
+
+@pytest.mark.parametrize("text", ["tls://dns.example", "tls://192.0.2.53#a..b", "tls://", "https://192.0.2.53"])
+def test_what_is_no_server_over_tls_is_refused_in_words(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"192\.0\.2\.53"):
+        parse_server(text)
 
 
 @pytest.mark.parametrize("name", [NAME, "127.0.0.1"])
