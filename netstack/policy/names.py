@@ -9,6 +9,7 @@ A name lives as long as its record, but at least `LEAST_S`: programs keep addres
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from typing import Final, Protocol
@@ -19,6 +20,20 @@ MAX_ADDRESSES: Final = 16384
 MAX_NAMES: Final = 4
 LEAST_S: Final = 600.0
 MOST_S: Final = 86400.0
+
+
+_HOST_NAME: Final = re.compile(r"(?!.{254})[a-z0-9_-]{1,63}(?:\.[a-z0-9_-]{1,63})*", re.ASCII)
+_NUMBER: Final = re.compile(r"(?:.*\.)?(?:[0-9]+|0x[0-9a-f]*)", re.ASCII)
+
+
+def host_name(name: str) -> str:
+    """`name` in lower case and without a last dot; nothing where it is none of a host.
+
+    Guests choose names and servers of their domains answer for them, so that a label may hold anything (RFC 2181 11): a line
+    end that would begin a header of a request to a proxy, or what a proxy takes for an address.
+    """
+    name = name.removesuffix(".").lower()
+    return name if _HOST_NAME.fullmatch(name) and not _NUMBER.fullmatch(name) else ""
 
 
 class NamesOf(Protocol):
@@ -44,8 +59,8 @@ class Names:
 
     def learn(self, name: str, address: bytes, ttl: float) -> None:
         """A guest was told that `name` (as it asked, in any case) is at `address`, for `ttl` seconds."""
-        name = name.rstrip(".").lower()
-        if not name or len(name) > 253 or not name.isascii():
+        name = host_name(name)
+        if not name:
             return
         until = self._clock() + min(max(ttl, LEAST_S), MOST_S)
         names = self._table.pop(address, None)

@@ -29,7 +29,7 @@ from urllib.parse import quote, unquote
 
 from netstack.api import Endpoint, OutwardProxy, Way, WayOutRule
 from netstack.errors import ConfigError
-from netstack.policy.names import Names, NamesOf
+from netstack.policy.names import Names, NamesOf, host_name
 
 SCHEMES: Final = ("socks5", "socks5h", "http")
 MAX_RULES: Final = 1024
@@ -182,7 +182,8 @@ class Ways:
         if destination.address[0] == 127 if octets == 4 else destination.address == _LOOPBACK:
             return Way.DIRECT
         number = int.from_bytes(destination.address, "big")
-        names: Sequence[str] = (name.rstrip(".").lower(),) if name else ()
+        name = host_name(name)
+        names: Sequence[str] = (name,) if name else ()
         if not names and self._by_name:
             names = self.names.names_of(destination.address)
         for length, mask, network, domain, port, rule in self._compiled:

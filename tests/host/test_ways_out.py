@@ -157,6 +157,18 @@ def test_requests_that_leave_in_pieces_are_requests(d: Drill, script: Script) ->
     play(d, script)
 
 
+def test_what_was_asked_leaves_whole_even_if_it_was_answered_before(d: Drill) -> None:
+    d.io.sent_buffer = 5
+    go_out(d, f"* -> {SOCKS}")
+    flow = knock(d)
+    d.host(flow).stop_reading()
+    answer(d, flow, METHOD + OK)
+    d.expect_none(1.0)
+    d.host(flow).resume()
+    d.establish(flow)
+    assert said(d, flow) == b"\5\1\0" + ASKED
+
+
 @pytest.mark.parametrize("how", ["close", "reset", "vanish", "silence", "guest"])
 def test_a_handshake_cut_anywhere_ends_in_a_reset(drill: Callable[..., Drill], script: Script, how: str) -> None:
     way, steps = script
@@ -378,6 +390,14 @@ def test_a_silent_proxy_is_not_waited_for_each_time(d: Drill) -> None:
     d.io.on_connect(PROXY, Accept())
     flow = knock(d)
     assert flow.sock is not None and flow.sock.remote == PROXY
+
+
+def test_a_proxy_with_one_address_that_works_is_not_silent(d: Drill) -> None:
+    d.io.on_connect(("2001:db8::7", 1080), Never())
+    named(d, "2001:db8::7", "198.51.100.7", fail_open=True)
+    d.advance(ATTEMPT_S + 0.1)
+    knock(d)
+    assert [sock.remote[0] for sock in d.io.connects if sock.remote] == ["2001:db8::7", "198.51.100.7", "2001:db8::7"]
 
 
 def test_a_proxy_that_refuses_is_not_gone_around(d: Drill) -> None:

@@ -181,6 +181,35 @@ def test_names_have_bounds_and_the_oldest_go_first() -> None:
     for number in range(2 * MAX_NAMES):
         names.learn(f"many{number}.example", bytes(1), 60)
     assert len(names.names_of(bytes(1))) == MAX_NAMES
-    names.learn("", b"x", 60)
-    names.learn("x" * 300, b"x", 60)
-    assert not names.names_of(b"x")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "a..example",
+        "x" * 300,
+        ".".join(["x" * 60] * 5),
+        "a b.example",
+        "a\r\nX-Admin: yes.example",
+        "a:80.example",
+        "a@example",
+        "ä.example",
+        "127.0.0.1",
+        "127.1",
+        "2130706433",
+        "0x7f000001",
+        "a.example.0x7f",
+        "a.example..",
+    ],
+)
+def test_what_is_no_name_of_a_host_is_never_told_to_a_proxy(name: str) -> None:
+    """Guests choose what they ask for, and whoever owns a domain answers with any labels."""
+    ways = Ways()
+    names = ways.names = Names(VirtualClock())
+    ways.replace([parse("* -> http://192.0.2.1:80")])
+    at = Endpoint.of("203.0.113.9", 443)
+    names.learn(name, at.address, 60)
+    for found in (ways.find(at), ways.find(at, name)):
+        assert isinstance(found, Outward) and found.name == ""
