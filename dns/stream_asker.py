@@ -15,6 +15,7 @@ want us: `HostError`. So each repetition is paid for by an answer, and the calle
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import ssl
 import struct
@@ -243,7 +244,7 @@ async def connect(upstream: Upstream) -> socket.socket:
                 loop.remove_writer(sock.fileno())
             error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if error:
-                raise OSError(error, "connect") from None
+                raise OSError(error, os.strerror(error)) from None
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     except BaseException:
         sock.close()
