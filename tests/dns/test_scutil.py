@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dns import codec, scutil
 from dns.servers import Resolvers, Server, Upstream
+from netstack.errors import HostError
 
 HOME = """\
 DNS configuration
@@ -237,3 +240,17 @@ def test_a_link_local_server_without_a_scope_is_at_the_interface_of_its_resolver
 )
 def test_any_text_is_an_output_of_scutil(text: str) -> None:
     assert len(scutil.parse(text).servers) <= 64
+
+
+def test_the_program_is_run_and_its_failure_told_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(HostError, match="scutil --dns: .*No such file"):
+        scutil.run_scutil()
+    (tmp_path / "out").write_text(HOME)
+    (tmp_path / "scutil").write_text(f'#!/bin/sh\ntest "$*" = --dns && exec /bin/cat {tmp_path}/out\n')
+    (tmp_path / "scutil").chmod(0o755)
+    assert scutil.parse(scutil.run_scutil()).search == ("lan",)
+    (tmp_path / "scutil").write_text("#!/bin/sh\nexec /bin/sleep 60\n")
+    monkeypatch.setattr(scutil, "WITHIN_S", 0.2)
+    with pytest.raises(HostError, match="timed out"):
+        scutil.run_scutil()
