@@ -25,7 +25,7 @@ class Client:
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
-        self._received = b""
+        self._received = bytearray()
 
     async def send(self, octets: bytes | str) -> None:
         await asyncio.get_running_loop().sock_sendall(self.sock, octets.encode() if isinstance(octets, str) else octets)
@@ -38,22 +38,26 @@ class Client:
 
     async def until(self, mark: bytes) -> bytes:
         while mark not in self._received:
-            assert await self._more(), f"the end came before {mark!r}: {self._received!r}"
-        found, _, self._received = self._received.partition(mark)
-        return found + mark
+            assert await self._more(), f"the end came before {mark!r}: {bytes(self._received)!r}"
+        return self._take(self._received.index(mark) + len(mark))
+
+    def _take(self, octets: int) -> bytes:
+        found = bytes(self._received[:octets])
+        del self._received[:octets]
+        return found
 
     async def exactly(self, octets: int) -> bytes:
         while len(self._received) < octets:
-            assert await self._more(), f"the end came after {len(self._received)} of {octets}: {self._received[:200]!r}"
-        found, self._received = self._received[:octets], self._received[octets:]
-        return found
+            assert await self._more(), (
+                f"the end came after {len(self._received)} of {octets}: {bytes(self._received[:200])!r}"
+            )
+        return self._take(octets)
 
     async def rest(self) -> bytes:
         """All until the end."""
         while await self._more():
             pass
-        found, self._received = self._received, b""
-        return found
+        return self._take(len(self._received))
 
     async def answer(self, method: str = "GET") -> tuple[int, dict[str, str], bytes]:
         """Status, headers and body of the next answer, whose end must be marked."""
