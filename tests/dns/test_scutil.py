@@ -244,7 +244,7 @@ def test_any_text_is_an_output_of_scutil(text: str) -> None:
 
 def test_the_program_is_run_and_its_failure_told_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(HostError, match="scutil --dns: .*No such file"):
+    with pytest.raises(HostError, match=r"scutil --dns: .*No such file"):
         scutil.run_scutil()
     (tmp_path / "out").write_text(HOME)
     (tmp_path / "scutil").write_text(f'#!/bin/sh\ntest "$*" = --dns && exec /bin/cat {tmp_path}/out\n')
