@@ -95,6 +95,8 @@ class House:
         self.names: dict[str, Sequence[str]] = {}
         """What the host's resolver knows."""
         self.asked: list[str] = []
+        self.port = 0
+        """Of a server on the host that guests must not get to."""
         self.proxy: HttpProxy
         self._intercept: Intercept | None = None
         self._clients: list[Client] = []
