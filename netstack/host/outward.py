@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import os
 import socket
 import threading
@@ -31,10 +32,14 @@ from netstack.host.ways_out import ATTEMPT_S, CONNECTED, IN_PROGRESS, Upstream, 
 from netstack.policy.names import NamesOf
 from netstack.policy.ways_out import MAX_RULES, Outward, Ways, parse
 
+log = logging.getLogger("pyvpnkit")
+
 RETRY_S: Final = 5.0
 """A proxy's name that could not be resolved is asked for again after this."""
 PAUSE_S: Final = 1.0
 """Between two questions for one name, however many connections fail meanwhile."""
+TELL_S: Final = 60.0
+"""Between two lines in the log about one proxy that is down."""
 FAIL: Final = ("closed", "open")
 DATAGRAMS: Final = ("auto", "refuse", "direct")
 
@@ -88,6 +93,9 @@ class WaysOut:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._asked_at: dict[Upstream, float] = {}
         self._retries: dict[Upstream, asyncio.TimerHandle] = {}
+        self._told_at: dict[Upstream, float] = {}
+        self._stale: set[Upstream] = set()
+        """Their look-up began before the host's network changed."""
         self._looked = asyncio.Event()
         """Set, and replaced, each time a look-up has ended."""
         if names is not None:
@@ -96,7 +104,7 @@ class WaysOut:
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """From here on the rules hold."""
         self._loop = loop
-        self._stack.upstreams.on_unreachable = self._ask
+        self._stack.upstreams.on_unreachable = self._unreachable
         self._install()
 
     def replace(self, rules: Sequence[str], *, fail: str = "closed", datagrams: str = "auto") -> None:
@@ -111,6 +119,8 @@ class WaysOut:
         """The host's network has changed: the names of proxies may have moved."""
         self._asked_at.clear()
         for upstream in self._stack.upstreams.all():
+            if upstream.resolving:
+                self._stale.add(upstream)
             self._ask(upstream)
 
     def close(self) -> None:
@@ -148,10 +158,22 @@ class WaysOut:
         current = self._stack.upstreams.all()
         for gone in self._retries.keys() - set(current):
             self._retries.pop(gone).cancel()
-        self._asked_at = {upstream: at for upstream, at in self._asked_at.items() if upstream in current}
+        for table in (self._asked_at, self._told_at):
+            for gone in table.keys() - set(current):
+                del table[gone]
+        self._stale.intersection_update(current)
         for upstream in current:
             if not upstream.addresses:
                 self._ask(upstream)
+
+    def _unreachable(self, upstream: Upstream) -> None:
+        """No address of a proxy took a connection, or it has none."""
+        now = time.monotonic()
+        if now - self._told_at.get(upstream, -TELL_S) >= TELL_S:
+            self._told_at[upstream] = now
+            then = "connections go directly" if self._fail == "open" else "connections fail"
+            log.warning("way out %s: %s; %s", upstream.proxy, upstream.last_error or "it does not answer", then)
+        self._ask(upstream)
 
     # Names of proxies.
 
@@ -182,9 +204,15 @@ class WaysOut:
 
     def _looked_up(self, upstream: Upstream, found: Sequence[str], words: str) -> None:
         upstream.resolving = False
-        self._wake()
         if found:
             upstream.use(found)
+        self._wake()
+        if upstream in self._stale:
+            self._stale.discard(upstream)
+            self._asked_at.pop(upstream, None)
+            self._ask(upstream)
+            return
+        if found:
             return
         upstream.last_error = f"its name is not resolved: {words or 'no address'}"
         if self._loop is not None and not upstream.addresses and upstream in self._stack.upstreams.all():
@@ -242,7 +270,7 @@ class WaysOut:
             return sock
         upstream.failed += 1
         upstream.last_error = words
-        self._ask(upstream)
+        self._unreachable(upstream)
         if fail_open:
             return await _connect(_where(outward.endpoint))
         raise HostError(f"way out {upstream.proxy}: {words}")

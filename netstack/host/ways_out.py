@@ -40,6 +40,8 @@ ATTEMPT_S: Final = 5.0
 SILENT_S: Final = 30.0
 """A proxy that did not answer so is not waited for so long, where it may be gone around."""
 RETRY_S: Final = 0.1
+MAX_ADDRESSES: Final = 8
+"""Of one proxy; further ones are not tried."""
 IN_PROGRESS: Final = frozenset((errno.EINPROGRESS, errno.EALREADY, errno.EINTR))
 CONNECTED: Final = frozenset((0, errno.EISCONN))
 
@@ -87,7 +89,7 @@ class Upstream:
         port = self.proxy.port
         self.addresses = tuple(
             (socket.AF_INET6 if ":" in host else socket.AF_INET, (host, port)) for host in dict.fromkeys(hosts)
-        )
+        )[:MAX_ADDRESSES]
 
 
 class Upstreams:

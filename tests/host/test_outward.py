@@ -261,6 +261,29 @@ async def test_the_end_comes_while_a_resolver_hangs(stack: Stack) -> None:
     assert stack.ways_out, "the rules hold on"
 
 
+async def test_a_change_of_the_network_during_a_look_up_asks_again(stack: Stack) -> None:
+    resolver = Resolver()
+    resolver.free.clear()
+    resolver.answers = [["192.0.2.1"], ["192.0.2.2"]]
+    ways = started(stack, "* -> socks5://proxy.example:1", resolve=resolver)
+    await until(lambda: bool(resolver.asked))
+    ways.refresh()
+    assert len(resolver.asked) == 1
+    resolver.free.set()
+    await until(lambda: ways.status()["proxies"][0]["addresses"] == ["192.0.2.2"])
+    ways.close()
+
+
+async def test_a_proxy_that_is_down_is_told_once_in_a_while(stack: Stack, caplog: pytest.LogCaptureFixture) -> None:
+    ways = started(stack, f"* -> socks5://me:SECRET@127.0.0.1:{closed_port()}")
+    for _ in range(5):
+        with pytest.raises(HostError):
+            await ways.connect(FAR)
+    (record,) = caplog.records
+    assert "refused; connections fail" in record.message and "SECRET" not in record.message
+    ways.close()
+
+
 async def test_rules_that_cannot_be_used_leave_those_before(stack: Stack) -> None:
     ways = started(stack, "* -> refuse")
     for rules, options in (

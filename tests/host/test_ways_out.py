@@ -10,6 +10,7 @@ import pytest
 
 from netstack.api import Endpoint, GatewayForward
 from netstack.host.http_connect import MAX_HEAD
+from netstack.host.socks5 import Socks5
 from netstack.host.ways_out import ATTEMPT_S, SILENT_S, Upstream
 from netstack.observe.events import FlowRefused
 from netstack.policy.names import Names
@@ -547,6 +548,19 @@ def test_whatever_call_fails_the_guest_hears_and_nothing_is_left(drill: Callable
         if d.io.total_calls < before + index:
             break
     assert 5 < index < 99
+
+
+def test_a_bug_of_ours_resets_one_guest(d: Drill, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_out(d, f"* -> {SOCKS}")
+    flow = knock(d)
+    monkeypatch.setattr(Socks5, "hear", lambda exchange, octets: 1 // 0)
+    answer(d, flow, METHOD)
+    d.expect(flow, "R.", ack=flow.snd)
+    assert flow.sock is not None and flow.sock.closed
+    assert d.stack.counters.contained == 1
+    d.stack.counters.contained = 0
+    d.events.clear()
+    d.assert_clean()
 
 
 def test_the_end_of_the_network_ends_what_waits(d: Drill) -> None:
