@@ -171,6 +171,14 @@ def free_subnet(routes: Iterable[Route]) -> str:
     raise ConfigError("subnet: auto: every private network has a route on this host; name one, such as 198.18.65.0/24")
 
 
+def auto_subnet() -> str:
+    """What `subnet: auto` is on this host now. Raises `ConfigError` when nothing is free, or the host cannot be read."""
+    try:
+        return free_subnet(snapshot().routes)
+    except HostError as error:
+        raise ConfigError(f"subnet: auto: {error}; name a network, such as 192.168.65.0/24") from None
+
+
 def _numbers(network: IPv4Network) -> range:
     """The /24 networks that it touches, each by its first 24 bits."""
     return range(int(network.network_address) >> 8, (int(network.broadcast_address) >> 8) + 1)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from netstack.errors import ConfigError
+from netstack.errors import ConfigError, HostError
 from pyvpnkit.hostnet import routes
 from pyvpnkit.hostnet.routes import Egress, Route, clashes, free_subnet, guest_mtu
 from tests.roof.hostnet.conftest import interface
@@ -50,6 +50,16 @@ def test_when_nothing_is_free_it_is_said() -> None:
     )
     with pytest.raises(ConfigError, match="name one"):
         free_subnet(made(*everything))
+
+
+def test_a_host_that_cannot_be_read_has_no_automatic_subnet(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable() -> routes.Snapshot:
+        raise HostError("netlink: Operation not permitted; the host's routes cannot be read")
+
+    monkeypatch.setattr(routes, "snapshot", unreadable)
+    with pytest.raises(ConfigError, match=r"not permitted.*name a network"):
+        routes.auto_subnet()
+    assert not routes.ipv6_route()
 
 
 networks = st.builds(
@@ -113,5 +123,6 @@ def test_a_host_as_a_vpn_changes_it(host: Namespace) -> None:
     assert found.egress == Egress(interface="tun0", mtu=1380) and not found.ipv6_route
     with inside(host.path):
         assert not routes.ipv6_route()
+        assert routes.auto_subnet() == "192.168.66.0/24"
     host.ip("route", "change", "0.0.0.0/1", "via", "10.8.0.1", "mtu", "1200")
     assert now().egress == Egress(interface="tun0", mtu=1200)
