@@ -11,11 +11,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import select
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -24,6 +24,7 @@ from pathlib import Path
 
 import pytest
 
+from pyvpnkit.hostnet import wake
 from tests.support.netns import Daemon, Namespace, World, require, wait_until
 from tests.support.webhost import MB, content, digest, echo, exactly, serve
 
@@ -38,7 +39,11 @@ VPN_MTU = 1300
 AT_ONCE_S = 2.0
 """Within which the issue wants things to follow; tests allow `LIMIT_S` where only the machine's speed would decide."""
 LIMIT_S = 10.0
-WATCHED = (sys.executable, str(Path(__file__).parents[1] / "support" / "watched.py"))
+STOPPED_S = wake.EVERY_S + wake.SLACK_S + 1.0
+"""The shortest stop that is surely noticed."""
+
+
+_numbers = itertools.count(1)
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ class Place:
         """Until the daemon has seen all that has happened so far: an event of our own is behind it."""
         known = len(self.events())
         path = self.daemon.log.with_name("resolv.conf")
-        path.write_text(f"# {time.monotonic_ns()}\n")
+        path.write_text(f"nameserver 127.0.{next(_numbers)}.1\n")
         self.wait_event("resolvers", after=known)
 
     def events(self) -> list[str]:
@@ -87,7 +92,7 @@ class Place:
         return found()[0]
 
 
-def _site(shared: World, *options: str, watched: tuple[str, ...] = ("1",)) -> Iterator[Place]:
+def _site(shared: World, *options: str) -> Iterator[Place]:
     require("ip", "busybox")
     host, lan, corp, guest = shared.host, shared.namespace("lan"), shared.namespace("corp"), shared.namespace()
     host.ip("link", "add", "eth0", "type", "veth", "peer", "lan0", "netns", lan.name)
@@ -106,7 +111,7 @@ def _site(shared: World, *options: str, watched: tuple[str, ...] = ("1",)) -> It
                 stack.enter_context(serve(place.listen(address, WHO), _says_who))
                 stack.enter_context(serve(place.listen(address, BULK), _sends))
                 stack.enter_context(_names_itself(place, address, name))
-        daemon = shared.daemon("--link", f"tap:netns={guest.name}", *options, wrap=(*WATCHED, *watched))
+        daemon = shared.daemon("--link", f"tap:netns={guest.name}", *options)
         guest.udhcpc()
         place = Place(guest, host, lan, corp, daemon)
         yield place
@@ -316,7 +321,7 @@ def test_a_daemon_that_was_stopped_for_a_while_knows_it(place: Place) -> None:
         _talk(sock)
         place.daemon.process.send_signal(signal.SIGSTOP)
         try:
-            readable, _, _ = select.select([sock], [], [], 4.5)
+            readable, _, _ = select.select([sock], [], [], STOPPED_S)
             assert not readable
         finally:
             place.daemon.process.send_signal(signal.SIGCONT)
@@ -330,7 +335,7 @@ class TestMtu:
 
     @pytest.fixture
     def auto(self, fresh: World) -> Iterator[Place]:
-        yield from _site(fresh, watched=("1", "mtu"))
+        yield from _site(fresh, "--mtu", "auto")
 
     def test_dhcp_tells_what_fits_the_way_out(self, auto: Place, tmp_path: Path) -> None:
         assert _leased_mtu(auto.guest, tmp_path) == "1500"
