@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -304,6 +305,18 @@ def test_nothing_goes_directly_while_the_proxy_is_down(far: Far) -> None:
         assert far.guest.run("ping", "-c", "2", "-i", "0.2", "-W", "2", SERVER, check=False).returncode != 0
     assert leaks.seen() == []
     far.microsocks()
+    assert far.curl() == 0
+
+
+def test_nothing_goes_directly_while_the_proxy_is_silent(far: Far) -> None:
+    far.use(f"* -> {WAYS['microsocks']}")
+    far.programs["microsocks"].send_signal(signal.SIGSTOP)
+    try:
+        with Leaks(far) as leaks:
+            assert far.curl(limit_s=2) == 28
+        assert leaks.seen() == []
+    finally:
+        far.programs["microsocks"].send_signal(signal.SIGCONT)
     assert far.curl() == 0
 
 
