@@ -131,6 +131,7 @@ class HostWatch:
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Look now, and from now on. Where the host does not tell, that is logged and what can be followed is."""
         self._loop = loop
+        self._status, self._resolvers = self._look_at_files(), False  # what was before is no change
         # Before the first look: what changes in between is heard of.
         if self._listen is not None:
             try:

@@ -262,6 +262,20 @@ async def test_a_slow_host_is_looked_at_less_often(played: Played, make: Callabl
     await looked(follower, 2)
 
 
+async def test_what_was_before_the_start_is_no_change(played: Played, tmp_path: Path) -> None:
+    path = tmp_path / "resolv.conf"
+    follower = Follower(read=played.read, listen=lambda: played, every_s=0.02, files=(str(path),))
+    follower.watch.resolvers_changed()
+    path.write_text("nameserver 192.0.2.1\n")
+    follower.watch.start(asyncio.get_running_loop())
+    try:
+        played.tell()
+        await looked(follower, 2)
+        assert not follower.told
+    finally:
+        follower.watch.close()
+
+
 async def test_nothing_happens_after_the_end(played: Played, make: Callable[..., Follower]) -> None:
     follower = make(every_s=0.02)
     played.state = WITH_VPN
