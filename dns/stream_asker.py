@@ -19,7 +19,7 @@ import os
 import socket
 import ssl
 import struct
-from typing import Final
+from typing import Final, cast
 
 from dns.servers import Upstream
 from dns.upstream import RandomId, accept
@@ -101,8 +101,7 @@ class _Connection(asyncio.Protocol):
     # asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
         if self.why:
             transport.abort()
             return

@@ -238,7 +238,7 @@ async def test_explanations_under_way_are_bounded() -> None:
         server.close()
 
 
-def run(monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], *argv: str) -> int:
+def run(monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], **words: object) -> int:
     """The command with an API that answers `values`."""
     asked: list[tuple[str, dict[str, Any]]] = []
 
@@ -247,33 +247,29 @@ def run(monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], *argv: str) -> 
         return values[target]
 
     monkeypatch.setattr(client.Client, "get", get)
-    parser = argparse.ArgumentParser()
-    top = parser.add_subparsers(dest="command_name")
-
-    def one(name: str, help: str, **more: Any) -> argparse.ArgumentParser:
-        made = top.add_parser(name, help=help, **more)
-        made.add_argument("--control")
-        return made
-
-    command.add(one)
-    return command.dns(parser.parse_args(["dns", "--control", "/tmp/none.sock", *argv]))
+    return command.dns(argparse.Namespace(control="/tmp/none.sock", **words))
 
 
 async def test_the_command_prints_it_for_people(
     server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = await call(server, "/v1/dns/explain", name="a.corp.example")
-    assert run(monkeypatch, {"/v1/dns/explain": said}, "explain", "a.corp.example") == 0
+    assert (
+        run(monkeypatch, {"/v1/dns/explain": said}, dns_action="explain", name="a.corp.example", type="A", json=False)
+        == 0
+    )
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["name     a.corp.example A", "source   zone corp.example"]
     assert any(line.startswith("asked    127.0.0.1:") and ": NOERROR after " in line for line in lines)
     assert lines[-1] == "         a.corp.example 60 A 10.0.0.2"
     await ask(server, query("evil\x1b.example"))
-    assert run(monkeypatch, {"/v1/dns/log": await call(server, "/v1/dns/log")}, "log") == 0
+    assert (
+        run(monkeypatch, {"/v1/dns/log": await call(server, "/v1/dns/log")}, dns_action="log", limit=9, json=False) == 0
+    )
     out = capsys.readouterr().out
     assert r"evil\027.example" in out and "\x1b" not in out
     known = {"/v1/dns/upstreams": await call(server, "/v1/dns/upstreams")}
-    assert run(monkeypatch, known, "upstreams") == 0
+    assert run(monkeypatch, known, dns_action="upstreams", json=False) == 0
     assert str(CLOSED) in capsys.readouterr().out
-    assert run(monkeypatch, known, "upstreams", "--json") == 0
+    assert run(monkeypatch, known, dns_action="upstreams", json=True) == 0
     assert json.loads(capsys.readouterr().out) == known["/v1/dns/upstreams"]["upstreams"]

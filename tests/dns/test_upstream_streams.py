@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from typing import Any
 
 import pytest
 
@@ -253,4 +254,25 @@ async def test_close_while_connecting_and_asking_leaves_nothing_behind() -> None
         asker.close()
         ended = await asyncio.gather(*waiting, return_exceptions=True)
         assert all(isinstance(one, HostError) for one in ended)
+    for _ in range(20):  # uvloop closes some turns later
+        await asyncio.sleep(0.01)
     assert len(os.listdir("/dev/fd")) == before
+
+
+UVLOOP = [
+    test_five_times_a_thousand_questions_have_each_their_own_answer,
+    test_a_server_that_closes_after_each_answer_is_asked_again,
+    test_a_server_that_closed_while_nothing_was_asked_is_asked_again,
+    test_a_server_that_hangs_up_without_an_answer_is_an_error,
+    test_a_closed_port_is_an_error,
+    test_an_idle_connection_is_closed_and_another_one_made,
+    test_close_while_connecting_and_asking_leaves_nothing_behind,
+]
+
+
+@pytest.mark.parametrize("scenario", UVLOOP, ids=lambda scenario: scenario.__name__)
+def test_the_same_holds_in_uvloop(scenario: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """It differs in what it makes of sockets and transports, and it is what the daemon runs in."""
+    uvloop = pytest.importorskip("uvloop", reason="expected: no uvloop on this system")
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(scenario())

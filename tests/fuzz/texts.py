@@ -12,6 +12,7 @@ import time
 
 from dns import hosts, system
 from dns.server import Server as DnsServer
+from dns.servers import TIMEOUT_S
 from netstack.dhcp.leases import Leases
 from netstack.dhcp.server import Server as DhcpServer
 from netstack.errors import ConfigError
@@ -126,8 +127,10 @@ def _files_of_the_host(rng: random.Random) -> None:
         rng, ["nameserver", "search", "domain", "options", "timeout:3", "attempts:0", "attempts:²", "rotate", "#", ";"]
     )
     resolvers = system.parse_resolv_conf(text)
-    assert len(resolvers.servers) <= system.MAX_SERVERS and 0 < resolvers.server_s <= system.SERVER_S
-    for server in resolvers.servers:
+    assert len(resolvers.servers) <= system.MAX_SERVERS
+    for place, known in enumerate(resolvers.servers):
+        assert known.order == place and 0 < known.timeout_s <= TIMEOUT_S
+        server = known.upstream
         assert system.Upstream.parse(str(server)) == server
         with socket.socket(server.family, socket.SOCK_DGRAM) as sock:
             with contextlib.suppress(OSError):  # not ours to bind; what Python cannot pass to the system raises another
