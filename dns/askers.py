@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import TYPE_CHECKING
 
 from dns import codec
 from dns.forwarder import Forwarder
 from dns.host_mode import HostMode
 from dns.servers import HOST, Asker, AskerFor, Server, Source
-from dns.tls import Certificates, TlsAsker
+
+if TYPE_CHECKING:
+    from dns.tls import Certificates
 
 
 class Relay:
@@ -35,11 +38,17 @@ def askers(
     `others` says whom to ask what getaddrinfo cannot be asked (`HostResolvers.resolv_conf`). `cafile` has the authorities to trust
     instead of the host's. `counters` takes those of `HostMode`.
     """
-    certificates = Certificates(cafile)
+    made: list[Certificates] = []
 
     def asker_for(server: Server) -> Asker | None:
         if server.upstream == HOST:
             return HostMode(counters, other=None if others is None else Relay(others))
-        return TlsAsker(server, certificates) if server.tls else None
+        if not server.tls:
+            return None
+        from dns.tls import Certificates, TlsAsker  # ssl is large, and few ask over TLS
+
+        if not made:
+            made.append(Certificates(cafile))
+        return TlsAsker(server, made[0])
 
     return asker_for

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
 from dns import codec
-from dns.servers import Resolvers, Server, Upstream, in_turn
+from dns.servers import Resolvers, Server, after_each_other
 from netstack.errors import ConfigError, Malformed
 
 REFUSE: Final = "refuse"
@@ -62,7 +62,7 @@ def _servers(domain: str, what: str | Sequence[str]) -> tuple[Server, ...]:
     if not texts:
         raise ConfigError(f"dns.rules: {domain!r} has no server; name one, as in 10.0.0.53, or write {REFUSE}")
     try:
-        return in_turn(Upstream.parse(text) for text in texts)
+        return after_each_other(map(Server.parse, texts))
     except ConfigError as error:
         raise ConfigError(f"dns.rules: {domain!r}: {error}; or write {REFUSE}") from None
 

@@ -18,6 +18,7 @@ from typing import Any, Final, Literal
 
 from dns import codec, explain, hosts, records, system
 from dns.forwarder import MAX_IN_FLIGHT, Forwarder
+from dns.learn import Learn, told
 from dns.log import QueryLog
 from dns.records import LeaseAddress, LeaseName
 from dns.rules import Rules
@@ -71,6 +72,8 @@ class Server:
     `aaaa`: `on` relays queries for IPv6 addresses, `off` answers that there are none, `auto` does so while `ipv6_route()` is
     false, except for names of rules and zones: a VPN may have IPv6 of its own. It is asked for each such query and must be cheap.
 
+    `learn` is told of every address that a name is said to have over UDP.
+
     Raises `ConfigError` for a name or a server that cannot be. Without any resolver the names above are still answered, all
     others SERVFAIL. Every method belongs to the event loop of the first query.
     """
@@ -91,6 +94,7 @@ class Server:
         asker_for: AskerFor = lambda server: None,
         aaaa: Literal["auto", "on", "off"] = "on",
         ipv6_route: Callable[[], bool] = lambda: True,
+        learn: Learn | None = None,
         clock: Clock = time.monotonic,
         max_in_flight: int = MAX_IN_FLIGHT,
         idle_s: float = IDLE_S,
@@ -107,6 +111,7 @@ class Server:
         )
         self._aaaa = aaaa
         self._ipv6_route = ipv6_route
+        self._learn = learn
         self._clock = clock
         self._log = QueryLog()
         self._counters: Counter[str] = Counter()
@@ -222,6 +227,9 @@ class Server:
             question = payload[codec.HEADER : end]
             counts = answer[3] & 0x0F, answer[6] << 8 | answer[7], len(answer)
             self._log.add((now, now - began, source, question, False, by, *counts))
+            if self._learn is not None:
+                for name, address, ttl in told(payload, end, answer):
+                    self._learn(name, address, ttl)
 
         if own is None:
             self._forwarder.ask(payload, end, answered, now=began)

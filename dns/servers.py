@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Protocol, TypeAlias
 
-from netstack.errors import ConfigError
+from dns import codec
+from netstack.errors import ConfigError, Malformed
 
 PORT: Final = 53
+TLS_PORT: Final = 853  # RFC 7858 3.1
+ANY_NAME: Final = "*"
+"""In place of the name in a certificate: any will do."""
 TIMEOUT_S: Final = 5.0  # spec vpnkit 4.2
 OFFLINE_AFTER: Final = 5  # spec vpnkit 4.2
 MAX_SERVERS: Final = 64
@@ -94,6 +98,25 @@ class Server:
     def __str__(self) -> str:
         return f"{self.upstream} over TLS as {self.tls}" if self.tls else str(self.upstream)
 
+    @classmethod
+    def parse(cls, text: str) -> Server:
+        """A server as people write it: `tls://192.0.2.53#dns.example`, with a port `tls://192.0.2.53:8853#dns.example`, with the
+        name `*` for any certificate, and without a name for one that has the address; else as `Upstream.parse`, in clear.
+
+        Raises `ConfigError`.
+        """
+        if not text.startswith("tls://"):
+            return cls(Upstream.parse(text))
+        address, _, name = text.removeprefix("tls://").partition("#")
+        try:
+            upstream = Upstream.parse(address)
+            if name and name != ANY_NAME:
+                codec.wire_name(name)
+        except (ConfigError, Malformed) as error:
+            raise ConfigError(f"DNS server {text!r}: {error}; over TLS write tls://192.0.2.53#dns.example") from None
+        port = TLS_PORT if upstream.port == PORT else upstream.port
+        return cls(replace(upstream, port=port), tls=name or upstream.address)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolvers:
@@ -108,12 +131,17 @@ class Resolvers:
     @classmethod
     def of(cls, servers: Sequence[str]) -> Resolvers:
         """A list somebody configured, asked in its order. Raises `ConfigError`."""
-        return cls(servers=in_turn(Upstream.parse(server) for server in servers))
+        return cls(servers=after_each_other(map(Server.parse, servers)))
 
 
 def in_turn(upstreams: Iterable[Upstream], timeout_s: float = TIMEOUT_S) -> tuple[Server, ...]:
     """Servers asked one after the other, as those of resolv.conf(5) are."""
     return tuple(Server(upstream, order=place, timeout_s=timeout_s) for place, upstream in enumerate(upstreams))
+
+
+def after_each_other(servers: Iterable[Server]) -> tuple[Server, ...]:
+    """The same servers, asked one after the other."""
+    return tuple(replace(server, order=place) for place, server in enumerate(servers))
 
 
 Source: TypeAlias = Callable[[], Resolvers]

@@ -11,36 +11,11 @@ from __future__ import annotations
 import asyncio
 import os
 import ssl
-from dataclasses import replace
-from typing import Final
 
-from dns import codec, servers
-from dns.servers import Server, Upstream
+from dns.servers import ANY_NAME, Server
 from dns.stream_asker import IDLE_S, StreamAsker
 from dns.upstream import RandomId
-from netstack.errors import ConfigError, HostError, Malformed
-
-PORT: Final = 853  # RFC 7858 3.1
-ANY_NAME: Final = "*"
-
-
-def parse(text: str) -> Server:
-    """A server as people write it: `tls://192.0.2.53#dns.example`, with a port `tls://192.0.2.53:8853#dns.example`, with the name
-    `*` for any certificate, and without a name for one that has the address; else as `Upstream.parse`, in clear.
-
-    Raises `ConfigError`.
-    """
-    if not text.startswith("tls://"):
-        return Server(Upstream.parse(text))
-    address, _, name = text.removeprefix("tls://").partition("#")
-    try:
-        upstream = Upstream.parse(address)
-        if name and name != ANY_NAME:
-            codec.wire_name(name)
-    except (ConfigError, Malformed) as error:
-        raise ConfigError(f"DNS server {text!r}: {error}; over TLS write tls://192.0.2.53#dns.example") from None
-    port = PORT if upstream.port == servers.PORT else upstream.port
-    return Server(replace(upstream, port=port), tls=name or upstream.address)
+from netstack.errors import HostError
 
 
 class Certificates:

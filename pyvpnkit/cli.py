@@ -55,6 +55,7 @@ TITLES: Final = {
     "timeouts": "times, in seconds",
     "capture": "capture",
     "dns": "name resolution",
+    "http_proxy": "HTTP proxy",
     "control": "control API",
     "vpnkit": "VPNKit's sockets and files",
 }

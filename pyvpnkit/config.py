@@ -19,6 +19,7 @@ from portfwd.spec import PublishSpec
 from pyvpnkit import values
 from pyvpnkit.values import Parse
 
+DNS_SOURCES: Final = ("auto", "resolv.conf", "resolved", "scutil", "file", "getaddrinfo")
 LOG_LEVELS: Final = ("error", "warning", "info", "debug")
 
 
@@ -41,11 +42,38 @@ class DnsSettings:
     """The resolver on the gateway."""
 
     servers: tuple[str, ...] = ()
-    """Ask these servers instead of the host's own resolvers; `IP` or `IP:PORT`."""
+    """Ask these servers instead of the host's own resolvers; `IP`, `IP:PORT` or `tls://IP[:PORT]#NAME` (DNS over TLS)."""
+    tls_ca: str | None = None
+    """A PEM file with the authorities to trust for DNS over TLS, in place of the host's."""
+    source: str = "auto"
+    """Where the host's resolvers come from: `resolv.conf`, `resolved` (systemd-resolved, with its links' domains), `scutil`
+    (macOS), `file` (the one of `dns.file`), `getaddrinfo` (the host's library is asked, as VPNKit's Host mode), or `auto`."""
+    file: str | None = None
+    """A file of resolvers in VPNKit's form (`nameserver IP#PORT`, `zone`, `order`, `timeout`, `search`), followed while it
+    changes; it may come later."""
+    rules: Mapping[str, str] = field(default_factory=dict)
+    """Servers for a domain and all names below it, before all others: `corp.example: 10.0.0.53 10.0.0.54`, or `refuse`."""
+    aaaa: str = "auto"
+    """Whether queries for IPv6 addresses are asked: `on`, `off` (there are none), or `auto`: while the host has a way to IPv6."""
     hosts_file: str | None = "/etc/hosts"
     """Names answered from this file of the host before any server is asked; `off` answers none."""
     resolv_conf: str = "/etc/resolv.conf"
     """Where the host's resolvers are listed; read again when it changes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpProxySettings:
+    """A proxy of the host's network that guests' HTTP goes through. With any of these the gateway is an HTTP proxy itself, at
+    ports 3128 (for http) and 3129 (for https)."""
+
+    http: str | None = None
+    """Proxy for HTTP, `http://[USER:PASSWORD@]HOST:PORT`: connections of guests to port 80 are taken, and carried on by it."""
+    https: str | None = None
+    """Proxy for HTTPS: connections to port 443 go through it by CONNECT."""
+    exclude: tuple[str, ...] = ()
+    """Hosts that are reached without it: names with all below them, `*.corp.example`, addresses, prefixes."""
+    environment: bool = False
+    """Take http_proxy, https_proxy and no_proxy of the daemon's environment, where nothing else is said."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +116,10 @@ class VpnkitSettings:
     """TCP ports of the gateway that lead elsewhere: `PORT:IP:PORT`, the IP as this host sees it. Before all others."""
     udpv4_forwards: tuple[str, ...] = ()
     """The same for UDP."""
+    http: str | None = None
+    """A JSON file of HTTP proxies (VPNKit's http_proxy.json), followed while it changes."""
+    http_api: tuple[str, ...] = ()
+    """Unix sockets where that document can be had and set (`GET` and `POST /http_proxy.json`)."""
     forwards: str | None = None
     """A JSON file of prefixes whose TCP connections are carried through a program at a Unix socket, followed while it
     changes."""
@@ -120,6 +152,16 @@ class Settings:
     """The capture file."""
     dns: DnsSettings = field(default_factory=DnsSettings)
     """Name resolution."""
+    http_proxy: HttpProxySettings = field(default_factory=HttpProxySettings)
+    """The HTTP proxy."""
+    way_out: tuple[str, ...] = ()
+    """By which way guests' TCP leaves the host, the first rule that matches: `MATCH[:PORT] -> WAY`. MATCH is `*`, an address, a
+    prefix or a domain; WAY is `direct`, `refuse`, `socks5://[USER:PASSWORD@]HOST:PORT`, `socks5h://...` (the proxy looks names
+    up) or `http://...` (CONNECT). Without a match: directly."""
+    way_out_fail: str = "closed"
+    """When a proxy of `way_out` cannot be reached: connections fail (`closed`), or go directly (`open`)."""
+    way_out_datagrams: str = "auto"
+    """UDP and ping where a rule names a proxy, which carries neither: `refuse`, `direct`, or `auto`: as `way_out_fail` says."""
     control: ControlSettings = field(default_factory=ControlSettings)
     """The control API."""
     vpnkit: VpnkitSettings = field(default_factory=VpnkitSettings)
@@ -161,6 +203,8 @@ class Option:
     reload: bool = False
     """Takes effect on SIGHUP."""
     commas: bool = True
+    parse_key: Parse = values.mac
+    """Of a mapping's keys."""
     split: Callable[[str], list[str]] = _at_commas
     """Takes a list apart, where its items are separated by commas."""
 
@@ -191,7 +235,7 @@ class Option:
         left, equals, right = text.partition("=")
         if not equals:
             raise ConfigError(f"{text!r}: write {self.metavar} such as {self.example}")
-        return values.mac(left), self.parse(right)
+        return self.parse_key(left), self.parse(right)
 
     def collect(self, texts: Iterable[str]) -> Any:
         """The value of a flag given once or several times."""
@@ -210,6 +254,7 @@ SECTIONS: Final[Mapping[str, type[Any]]] = {
     "timeouts": Timeouts,
     "capture": CaptureSettings,
     "dns": DnsSettings,
+    "http_proxy": HttpProxySettings,
     "control": ControlSettings,
     "vpnkit": VpnkitSettings,
 }
@@ -256,13 +301,13 @@ OPTIONS: Final[tuple[Option, ...]] = (
     _option("pid_file", "--pid-file", "FILE", values.or_off(values.text), "/run/pyvpnkit.pid"),
     _option("log_level", "--log-level", "LEVEL", values.one_of(*LOG_LEVELS), "debug", reload=True),
     _option("user", "--user", "NAME", values.or_off(values.text), "nobody"),
-    _option("network.subnet", "--subnet", "NETWORK", values.prefix, "10.0.2.0/24"),
+    _option("network.subnet", "--subnet", "NETWORK|auto", values.subnet, "10.0.2.0/24"),
     _option("network.gateway", "--gateway-ip", "IP", values.ipv4, "10.0.2.1"),
     _option("network.host_alias", "--host-alias --host-ip", "IP|off", values.or_off(values.ipv4), "10.0.2.2"),
     _option("network.pool_first", "--pool-first", "IP", values.or_off(values.ipv4), "192.168.65.100"),
     _option("network.pool_last", "--pool-last", "IP", values.or_off(values.ipv4), "192.168.65.199"),
     _option("network.gateway_mac", "--gateway-mac", "MAC", values.mac, "02:00:00:00:00:01"),
-    _option("network.mtu", "--mtu", "OCTETS", values.number(576, 65520), "65520"),
+    _option("network.mtu", "--mtu", "OCTETS|auto", values.mtu, "65520"),
     _option("network.domain", "--domain", "NAME|off", values.or_off(values.text), "vm.example"),
     _option("network.search", "--search", "NAME", values.text, "corp.example", many=True),
     _option("network.dns_servers", "--dhcp-dns", "IP", values.ipv4, "10.1.1.1", many=True),
@@ -306,6 +351,54 @@ OPTIONS: Final[tuple[Option, ...]] = (
     _option(
         "dns.resolv_conf", "--dns-resolv-conf", "FILE", values.text, "/run/systemd/resolve/resolv.conf", reload=True
     ),
+    _option("dns.tls_ca", "--dns-tls-ca", "FILE", values.or_off(values.text), "/etc/ssl/corp.pem", reload=True),
+    _option("dns.source", "--dns-source", "WHAT", values.one_of(*DNS_SOURCES), "resolved", reload=True),
+    _option("dns.file", "--dns --dns-file", "FILE", values.or_off(values.text), "/run/vm/resolv.conf", reload=True),
+    _option(
+        "dns.rules",
+        "--dns-rule",
+        "DOMAIN=SERVERS",
+        values.dns_rule,
+        "corp.example=10.0.0.53",
+        pairs=True,
+        reload=True,
+        parse_key=values.text,
+    ),
+    _option("dns.aaaa", "--dns-aaaa", "on|off|auto", values.one_of("on", "off", "auto"), "off", reload=True),
+    _option(
+        "http_proxy.http", "--http-proxy", "URL", values.or_off(values.proxy), "http://proxy.example:3128", reload=True
+    ),
+    _option(
+        "http_proxy.https",
+        "--https-proxy",
+        "URL",
+        values.or_off(values.proxy),
+        "http://proxy.example:3128",
+        reload=True,
+    ),
+    _option("http_proxy.exclude", "--no-proxy", "HOST", values.text, "intranet.example", many=True, reload=True),
+    _option("http_proxy.environment", "--proxy-from-environment", "on|off", values.flag, "on", reload=True),
+    _option(
+        "way_out",
+        "--way-out",
+        "RULE",
+        values.way_out,
+        "corp.example -> socks5h://10.0.0.1:1080",
+        many=True,
+        reload=True,
+        commas=False,
+    ),
+    _option("way_out_fail", "--way-out-fail", "WHAT", values.one_of("closed", "open"), "open", reload=True),
+    _option(
+        "way_out_datagrams",
+        "--way-out-datagrams",
+        "WHAT",
+        values.one_of("auto", "refuse", "direct"),
+        "direct",
+        reload=True,
+    ),
+    _option("vpnkit.http", "--http", "FILE", values.or_off(values.text), "/run/vm/http_proxy.json"),
+    _option("vpnkit.http_api", "--http-api-path", "PATH", values.text, "/run/vm/http_api.sock", many=True),
     _option("control.socket", "--control-socket", "PATH|off", values.or_off(values.text), "/run/vm/control.sock"),
     _option("control.listen", "--control-listen", "WHERE", values.text, "unix:/run/vm/api.sock", many=True),
     _option("control.token_file", "--control-token-file", "FILE", values.or_off(values.text), "/etc/pyvpnkit/token"),
@@ -349,6 +442,9 @@ _OFF_BY_DEFAULT: Final = (
     "gateway_forwards",
     "forwards",
     "forwarder",
+    "http",
+    "https",
+    "tls_ca",
 )
 """`None` is off for these; for others it is chosen."""
 

@@ -57,6 +57,7 @@ class Doors:
             await self._open_to_guests(undo)
             await self._open_ports(undo)
             await self._open_debug(undo)
+            await self._open_http_proxy(undo)
             # What is made later ends first.
             undo.push_async_callback(self._open.aclose)
             self._all = undo.pop_all()
@@ -243,6 +244,30 @@ class Doors:
                 server.accept(sock, Peer("guest", path))
 
         return Door()
+
+    async def _open_http_proxy(self, undo: contextlib.AsyncExitStack) -> None:
+        """Sockets where the HTTP proxy's document is had and set, as VPNKit's `--http-api-path`."""
+
+        async def make() -> Accepts:
+            from aiohttp import web
+
+            from pyvpnkit.api.http import HttpServer, Peer
+            from pyvpnkit.proxy.api import routes
+
+            app = web.Application()
+            app.add_routes(routes(self._service.host.start_proxy()))
+            server = await self._open.enter_async_context(HttpServer(app))
+
+            class Door:
+                def accept(self, sock: socket.socket) -> None:
+                    server.accept(sock, Peer("unix", "http_proxy.json"))
+
+            return Door()
+
+        later = Later(make, ("pyvpnkit.api.http", "pyvpnkit.proxy.api"))
+        undo.push_async_callback(later.close)
+        for path in self._settings.vpnkit.http_api:
+            await self._serve_unix(undo, path, "vpnkit.http_api", lambda listener: _handing_on(listener, later.accept))
 
     async def _open_debug(self, undo: contextlib.AsyncExitStack) -> None:
         vpnkit = self._settings.vpnkit

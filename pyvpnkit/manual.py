@@ -22,6 +22,7 @@ TITLES: Final = {
     "timeouts": "Times",
     "capture": "Capture",
     "dns": "Name resolution",
+    "http_proxy": "HTTP proxy",
     "control": "Control API",
     "vpnkit": "VPNKit's sockets and files",
 }

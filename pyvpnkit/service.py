@@ -20,7 +20,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -54,6 +54,7 @@ from pyvpnkit import config
 from pyvpnkit.config import Option, Settings
 from pyvpnkit.doors import Doors
 from pyvpnkit.driver import Driver
+from pyvpnkit.hostside import HostSide
 from pyvpnkit.state import State
 from pyvpnkit.wording import line
 
@@ -103,7 +104,8 @@ class Service:
         self.doors: Doors | None = None
         self.zones = Zones()
         """Names that were added while this runs."""
-        self._dns = self._new_dns(settings)
+        self.host = HostSide(self.stack, settings, self.zones, clock)
+        """What follows the host: resolvers, network changes, proxies."""
         self._ntp = NtpServer()
         self._capture: PcapWriter | None = None
         self._timers: dict[str, asyncio.TimerHandle] = {}
@@ -152,6 +154,8 @@ class Service:
             self.stack.on_work = self._driver.wake
             undo.callback(self._reset_all)
             self._serve()
+            undo.push_async_callback(self.host.close)
+            self.host.start(self._loop)
             self._driver.start()
             await undo.enter_async_context(self.attachments)
             if self.plane is not None:
@@ -167,6 +171,11 @@ class Service:
     def attach(self, link: Link) -> None:
         """Take a link that the caller opened; the service closes it. Raises `ConfigError` when it cannot be had."""
         self.attachments.adopt(link)
+
+    @property
+    def dns(self) -> DnsServer:
+        """The name server of this moment; a reload may put another one there."""
+        return self.host.dns
 
     @property
     def capture(self) -> PcapWriter | None:
@@ -194,7 +203,7 @@ class Service:
         await self._resources.aclose()
 
     def _reset_all(self) -> None:
-        self._dns.close()
+        self.host.dns.close()
         if self._driver is not None:
             self._driver.close()
         self.stack.close()
@@ -233,42 +242,15 @@ class Service:
 
         # Not the bound method: a reload puts another server there.
         def ask(payload: bytes, source: Endpoint, reply: Reply) -> None:
-            self._dns.datagram(payload, source, reply)
+            self.host.dns.datagram(payload, source, reply)
 
         async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, source: Endpoint) -> None:
-            await self._dns.stream(reader, writer, source)
+            await self.host.dns.stream(reader, writer, source)
 
         self.stack.serve_datagrams(gateway, DNS_PORT, ask)
         self.stack.serve_streams(gateway, DNS_PORT, converse)
         if self.settings.ntp:
             self.stack.serve_datagrams(gateway, NTP_PORT, self._ntp.datagram)
-
-    def _new_dns(self, settings: Settings) -> DnsServer:
-        network = settings.network
-        names: dict[str, list[bytes]] = {name: [network.gateway_bytes] for name in network.gateway_names}
-        if network.host_alias_bytes is not None:
-            names |= {name: [network.host_alias_bytes] for name in network.host_names}
-        leases = self.stack.leases
-
-        def address_of(name: str) -> bytes | None:
-            lease = leases.named(name, self._clock())
-            return None if lease is None else lease.address
-
-        def name_of(address: bytes) -> str | None:
-            lease = leases.at(address, self._clock())
-            return None if lease is None else lease.hostname or None
-
-        return DnsServer(
-            names=names,
-            domain=network.domain,
-            lease_address=address_of,
-            lease_name=name_of,
-            hosts_path=settings.dns.hosts_file,
-            resolv_conf=settings.dns.resolv_conf,
-            upstreams=settings.dns.servers,
-            clock=self._clock,
-            zones=self.zones,
-        )
 
     def default_guest(self) -> bytes:
         """The guest of published ports that name none: the lowest leased address, before any lease the pool's first."""
@@ -365,22 +347,36 @@ class Service:
         self.registry.socket_directories = _socket_directories(new)
         if self.state is not None:
             self.state.forwards.retry(self.registry)
-        wanted = config.with_values(self.settings, new, [option for option in changed if option.reload])
-        if any(option.section == "dns" for option in changed):
-            try:
-                dns = self._new_dns(wanted)
-            except ConfigError as error:
-                log.error("%s", error)
-                failed |= {option.key for option in changed if option.section == "dns"}
-            else:
-                self._dns.close()
-                self._dns = dns
-        self._dns.network_changed()
+        failed |= self._reload_host_side(new, [option for option in changed if option.reload])
+        self.host.forget()
         done = {option.key for option in changed if option.reload} | moved
         # What did not come about is no setting that holds: the next reload finds it changed again.
         now = [option for option in config.OPTIONS if option.key in done - failed]
         self.settings = config.with_values(self.settings, new, now)
         return Reloaded(now=now, later=later, failed=[one for one in config.OPTIONS if one.key in failed])
+
+    def _reload_host_side(self, new: Settings, changed: Sequence[Option]) -> set[str]:
+        """Group by group, so that a mistake in one leaves the others; returns the keys of those that could not be had."""
+        groups: tuple[tuple[Callable[[Option], bool], Callable[[Settings], None]], ...] = (
+            (lambda option: option.section == "dns", self.host.reload_dns),
+            (lambda option: option.key.startswith("way_out"), self.host.reload_ways_out),
+            (lambda option: option.section == "http_proxy", self.host.reload_proxy),
+        )
+        failed: set[str] = set()
+        holds = self.settings
+        for belongs, reload in groups:
+            options = list(filter(belongs, changed))
+            if not options:
+                continue
+            wanted = config.with_values(holds, new, options)
+            try:
+                reload(wanted)
+            except ConfigError as error:
+                log.error("%s", error)
+                failed |= {option.key for option in options}
+            else:
+                holds = wanted
+        return failed
 
     def status(self, *, flows: bool = True) -> Mapping[str, Any]:
         """What a person wants to know at a glance; text, numbers, lists and mappings only.
@@ -400,7 +396,8 @@ class Service:
             "capture": "off"
             if self._capture is None
             else f"{self._capture.path}: {self._capture.frames} frames, {self._capture.stopped or 'running'}",
-            "dns": self._dns.counters,
+            "host": self.host.status(),
+            "dns": self.host.dns.counters,
             "ntp": self._ntp.counters,
         }
 

@@ -5,6 +5,7 @@ The text may come from a flag or from a YAML file. YAML 1.1's own ideas (`off` i
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 from collections.abc import Callable, Iterable
 from typing import Any, Final
@@ -103,10 +104,55 @@ def prefix(text: str) -> str:
         raise ConfigError(f"{text!r} is not a network ({error}); write it as in 10.1.0.0/16") from None
 
 
-def server(text: str) -> str:
-    from dns.system import Upstream  # where it is used: most settings name no server
+@functools.cache
+def _free_subnet() -> str:
+    """The same for as long as this process runs."""
+    from pyvpnkit.hostnet import routes  # where it is used: it asks the kernel
 
-    return str(Upstream.parse(text))
+    return routes.free_subnet(routes.snapshot().routes)
+
+
+def subnet(text: str) -> str:
+    return _free_subnet() if text.lower() == "auto" else prefix(text)
+
+
+class AutoMtu(int):
+    """An MTU that is the most guests are told, and less where the host's way out takes less."""
+
+    def __str__(self) -> str:
+        return "auto"
+
+
+def mtu(text: str) -> int:
+    return AutoMtu(1500) if text.lower() == "auto" else int(number(576, 65520)(text))
+
+
+def dns_rule(text: str) -> str:
+    from dns.rules import Rules  # where it is used: few have any
+
+    words = text.split()
+    Rules.parse({"example": text if text == "refuse" else words})
+    return " ".join(words)
+
+
+def proxy(text: str) -> str:
+    from pyvpnkit.proxy.config import Upstream  # where it is used: few have any
+
+    Upstream.parse(text)
+    return text
+
+
+def way_out(text: str) -> str:
+    from netstack.policy.ways_out import parse, spelled  # where it is used: few have any
+
+    return spelled(parse(text))
+
+
+def server(text: str) -> str:
+    from dns.servers import Server  # where it is used: most settings name no server
+
+    found = Server.parse(text)
+    return text if found.tls else str(found.upstream)
 
 
 def address(text: str) -> str:

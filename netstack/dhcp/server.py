@@ -139,6 +139,15 @@ class Server:
         self.highest_mtu: int | None = None
         """No guest is told more, where there is such a limit: it may change while leases run, and counts at their renewal."""
 
+    @property
+    def search(self) -> tuple[str, ...]:
+        """Domains that guests are told to search; those set here count at their next renewal. What is no name is left out."""
+        return self._search
+
+    @search.setter
+    def search(self, names: Iterable[str]) -> None:
+        self._search = tuple(filter(_is_name, names))
+
     def handle(
         self,
         payload: bytes | memoryview,
@@ -423,3 +432,11 @@ def _settings(network: Network, routes: Iterable[tuple[str, str]]) -> dict[int, 
         Option.NTP_SERVER: b"".join(parse_ipv4(text, "ntp_servers") for text in network.ntp_servers) or gateway,
         Option.CLASSLESS_ROUTES: dhcp.encode_routes(further),
     }
+
+
+def _is_name(name: str) -> bool:
+    try:
+        dhcp.encode_names((name,))
+    except (Malformed, ValueError):
+        return False
+    return True

@@ -21,6 +21,7 @@ from portfwd.owners import HAND
 from portfwd.registry import Forward
 from portfwd.spec import PublishSpec
 from pyvpnkit.api import metrics, openapi, shapes
+from pyvpnkit.api.dns import DnsApi
 from pyvpnkit.api.errors import ApiError
 from pyvpnkit.api.routing import MAX_ID, Answer, Call, Operation, Reply
 from pyvpnkit.api.schema import Schema, array, count, integer, record, text
@@ -55,7 +56,13 @@ class Api:
         self._counts = counts
         self._began = began
         self._version = version()
-        self.operations: tuple[Operation, ...] = (*self._general(), *self._forwards(), *self._leases(), *self._flows())
+        self.operations: tuple[Operation, ...] = (
+            *self._general(),
+            *self._forwards(),
+            *self._leases(),
+            *self._flows(),
+            *DnsApi(lambda: world.dns).operations,
+        )
         """In the order of the document."""
 
     def routes(self) -> list[web.RouteDef]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from dns.server import Server as DnsServer
 from netstack.observe.events import EventBus
 from netstack.stack import Stack
 from portfwd.registry import Registry
@@ -20,6 +21,8 @@ class World(Protocol):
     def registry(self) -> Registry: ...
     @property
     def events(self) -> EventBus: ...
+    @property
+    def dns(self) -> DnsServer: ...
 
     @property
     def state(self) -> State | None:

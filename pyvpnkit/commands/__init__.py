@@ -23,9 +23,17 @@ MODULES: Final = {
     "top": "top",
     "capture": "capture",
     "events": "events",
+    "dns": "dns",
     "doctor": "doctor",
 }
 """Command -> the module here whose function of the command's name runs it."""
+
+DNS_EXAMPLES: Final = """\
+examples:
+  pyvpnkit dns explain www.corp.example      which rule and server answers guests, and what
+  pyvpnkit dns explain mail.example MX
+  pyvpnkit dns log --limit 20                the last queries of guests
+  pyvpnkit dns upstreams                     which resolvers there are, and how they do"""
 
 SPEC_HELP: Final = (
     "[tcp|udp:][IP:]PORT:[GUESTIP:]GUESTPORT, or unix:/PATH:[GUESTIP:]GUESTPORT; "
@@ -101,6 +109,17 @@ def add(command: Command) -> None:
     made = one("events", "what happens, a line each, until Ctrl-C")
     made.add_argument("--types", metavar="NAME[,NAME]...", default="", help="only events of these names")
     json(made)
+
+    made = one("dns", "why a name leads where it does, and what guests asked last", epilog=DNS_EXAMPLES)
+    actions = made.add_subparsers(dest="dns_action", metavar="ACTION", required=True)
+    action = actions.add_parser("explain", help="what a guest gets for a name now, and from where")
+    action.add_argument("name", metavar="NAME")
+    action.add_argument("type", metavar="TYPE", nargs="?", default="A", help="of records: A, AAAA, MX, TYPE65280 [A]")
+    json(action)
+    action = actions.add_parser("log", help="the last queries of guests, the newest last")
+    action.add_argument("--limit", type=int, default=256, metavar="N", help="show N at most [256]")
+    json(action)
+    json(actions.add_parser("upstreams", help="resolvers and their counters"))
 
     made = one("doctor", "what on this host may be in the way of guests, and what to do; needs no daemon")
     made.add_argument("--config", metavar="FILE", help="look with the settings of this file")

@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 from pyvpnkit.commands.client import Client, control_path
 from pyvpnkit.commands.table import clean, print_json, print_table
-
-EXAMPLES: Final = """\
-examples:
-  pyvpnkit dns explain www.corp.example      which rule and server answers guests, and what
-  pyvpnkit dns explain mail.example MX
-  pyvpnkit dns log --limit 20                the last queries of guests
-  pyvpnkit dns upstreams                     which resolvers there are, and how they do"""
 
 LOG_HEADS: Final = ("TIME", "GUEST", "NAME", "TYPE", "BY", "RCODE", "ANSWERS", "MS")
 UPSTREAM_HEADS: Final = (
@@ -30,21 +23,6 @@ UPSTREAM_HEADS: Final = (
     "MS",
     "STATE",
 )
-
-
-def add(one: Callable[..., argparse.ArgumentParser]) -> None:
-    """Register `dns`; `one(name, help, **more)` makes a parser with `--control`, as in `pyvpnkit.commands.add`."""
-    made = one("dns", "why a name leads where it does, and what guests asked last", epilog=EXAMPLES)
-    actions = made.add_subparsers(dest="dns_action", metavar="ACTION", required=True)
-    action = actions.add_parser("explain", help="what a guest gets for a name now, and from where")
-    action.add_argument("name", metavar="NAME")
-    action.add_argument("type", metavar="TYPE", nargs="?", default="A", help="of records: A, AAAA, MX, TYPE65280 [A]")
-    action.add_argument("--json", action="store_true", help="for programs")
-    action = actions.add_parser("log", help="the last queries of guests, the newest last")
-    action.add_argument("--limit", type=int, default=256, metavar="N", help="show N at most [256]")
-    action.add_argument("--json", action="store_true", help="for programs")
-    action = actions.add_parser("upstreams", help="resolvers and their counters")
-    action.add_argument("--json", action="store_true", help="for programs")
 
 
 def dns(parsed: argparse.Namespace) -> int:

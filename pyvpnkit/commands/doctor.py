@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import netstack  # noqa: F401  # first: it makes our `dns` importable beside dnspython's
-from dns.servers import Resolvers
-from dns.system import parse_resolv_conf
+from dns import resolved
+from dns.follow import HostResolvers, Mode
+from dns.servers import HOST, Resolvers, Upstream
 from netstack.errors import ConfigError, HostError, NetstackError
 from pyvpnkit import loader
 from pyvpnkit.commands.client import Client, control_path
@@ -20,7 +22,7 @@ from pyvpnkit.hostnet import checks, routes
 from pyvpnkit.hostnet.checks import Result
 
 RESOLVER_S = 2.0
-MAX_RESOLV_CONF = 1 << 16
+_STUB = Upstream("127.0.0.53")
 
 
 def doctor(parsed: argparse.Namespace) -> int:
@@ -32,10 +34,12 @@ def doctor(parsed: argparse.Namespace) -> int:
         print_json({"ok": well, "checks": [dataclasses.asdict(result) for result in found]})
     else:
         width = max(len(result.name) for result in found)
+        lines = []
         for result in found:
-            print(f"{result.state:4}  {result.name:{width}}  {clean(result.text)}")
+            lines.append(f"{result.state:4}  {result.name:{width}}  {clean(result.text)}")
             if result.advice:
-                print(f"{'':4}  {'':{width}}  -> {clean(result.advice)}")
+                lines.append(f"{'':4}  {'':{width}}  -> {clean(result.advice)}")
+        print("\n".join(lines))
     return 0 if well else 1
 
 
@@ -60,26 +64,24 @@ def examine(settings: Settings, control: str | None) -> Iterator[Result]:
 
 
 def _resolvers(settings: Settings) -> Iterator[Result]:
-    if settings.dns.servers:
-        yield from _asked(Resolvers.of(settings.dns.servers), "the setting dns.servers")
+    dns = settings.dns
+    if dns.servers:
+        found, source = Resolvers.of(dns.servers), "the setting dns.servers"
+    else:
+        host = HostResolvers(dns.source, resolv_conf=dns.resolv_conf, dns_file=dns.file)
+        found, source = host(), (dns.file if host.origin is Mode.FILE else dns.resolv_conf) or "nobody"
+        if host.mode is Mode.RESOLVED or (host.mode is Mode.AUTO and _STUB in (one.upstream for one in found.servers)):
+            with contextlib.suppress(HostError):  # the stub answers whether the servers behind it do or not
+                found, source = resolved.resolvers(resolved.ask()), "systemd-resolved"
+    if any(server.upstream == HOST for server in found.servers):
+        yield Result(name="resolvers", state="ok", text="the host's own library is asked (getaddrinfo)")
         return
-    path = settings.dns.resolv_conf
-    try:
-        with open(path, "rb") as file:
-            text = file.read(MAX_RESOLV_CONF).decode("utf-8", "replace")
-    except OSError as error:
-        yield Result(
-            name="resolvers",
-            state="fail",
-            text=f"{path}: {error.strerror}, so guests resolve only what this network knows itself",
-            advice="make it, or name servers with --dns-server",
-        )
-        return
-    yield from _asked(parse_resolv_conf(text), path)
-
-
-def _asked(resolvers: Resolvers, source: str) -> Iterator[Result]:
-    yield from checks.resolvers([server.upstream for server in resolvers.servers], source, RESOLVER_S)
+    plain = [server.upstream for server in found.servers if server.tls is None]
+    if plain or not found.servers:
+        yield from checks.resolvers(plain, source, RESOLVER_S)
+    for server in found.servers:
+        if server.tls is not None:
+            yield Result(name="resolvers", state="ok", text=f"{server}: not asked here")
 
 
 def _state(settings: Settings) -> Iterator[Result]:

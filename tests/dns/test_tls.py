@@ -16,9 +16,8 @@ import pytest
 from dns import codec
 from dns.askers import askers
 from dns.server import Server as DnsServer
-from dns.servers import Resolvers, Server, Upstream
-from dns.tls import ANY_NAME, Certificates, TlsAsker
-from dns.tls import parse as parse_server
+from dns.servers import ANY_NAME, Resolvers, Server, Upstream
+from dns.tls import Certificates, TlsAsker
 from netstack.errors import ConfigError, HostError
 from tests.dns.support import a_reply, ask, framed, parse, query, read_framed
 
@@ -132,13 +131,13 @@ async def put(tls: TlsAsker, name: str, query_id: int = 0x1234) -> list[str]:
     ],
 )
 def test_a_server_over_tls_is_written_as_an_address_and_a_name(text: str, server: Server) -> None:
-    assert parse_server(text) == server
+    assert Server.parse(text) == server
 
 
 @pytest.mark.parametrize("text", ["tls://dns.example", "tls://192.0.2.53#a..b", "tls://", "https://192.0.2.53"])
 def test_what_is_no_server_over_tls_is_refused_in_words(text: str) -> None:
     with pytest.raises(ConfigError, match=r"192\.0\.2\.53"):
-        parse_server(text)
+        Server.parse(text)
 
 
 @pytest.mark.parametrize("name", [NAME, "127.0.0.1"])

@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="mounts a /run of its own"),
     pytest.mark.skipif(
         not (RESOLVECTL and DAEMON and shutil.which("dbus-daemon") and shutil.which("dnsmasq")),
-        reason="systemd-resolved, dbus-daemon or dnsmasq is not installed",
+        reason="expected: systemd-resolved, dbus-daemon or dnsmasq is not installed (the package would replace resolv.conf)",
     ),
 ]
 

@@ -195,7 +195,7 @@ def test_every_field_is_an_option_and_every_option_a_field() -> None:
         for section, kind in config.SECTIONS.items()
         for field in dataclasses.fields(kind)
     }
-    holders = {"network", "capture", "dns", "control", "vpnkit", "network.limits", "network.timeouts"}
+    holders = {"network", "capture", "dns", "http_proxy", "control", "vpnkit", "network.limits", "network.timeouts"}
     assert fields - holders == {option.key for option in OPTIONS}
     assert {kind for kind in config.SECTIONS.values()} >= {Settings, Network, Limits, Timeouts}
 
