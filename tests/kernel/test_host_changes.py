@@ -16,6 +16,8 @@ import json
 import select
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -24,8 +26,9 @@ from pathlib import Path
 
 import pytest
 
+from pyvpnkit.commands.client import Client
 from pyvpnkit.hostnet import wake
-from tests.support.netns import Daemon, Namespace, World, require, wait_until
+from tests.support.netns import ROOT, Daemon, Namespace, World, require, wait_until
 from tests.support.webhost import MB, content, digest, echo, exactly, serve
 
 pytestmark = pytest.mark.netns
@@ -155,7 +158,8 @@ def _names_itself(place: Namespace, address: str, name: bytes) -> Iterator[None]
 
 @pytest.fixture(scope="module")
 def place(shared: World) -> Iterator[Place]:
-    yield from _site(shared, "-p", f"0.0.0.0:{INBOUND}:{INBOUND}")
+    control = str(shared.directory / "control.sock")
+    yield from _site(shared, "-p", f"0.0.0.0:{INBOUND}:{INBOUND}", "--control-socket", control)
 
 
 @pytest.fixture
@@ -305,6 +309,37 @@ def test_what_changes_and_changes_back_at_once_harms_nothing(place: Place) -> No
             place.vpn_up()
             place.vpn_down()
             _talk(sock)
+
+
+def test_the_stream_of_events_tells_of_it(place: Place) -> None:
+    place.settle()
+    control = str(place.daemon.log.with_name("control.sock"))
+    words = [sys.executable, "-m", "pyvpnkit", "events", "--json", "--control", control]
+    words += ["--types", "HostNetworkChanged"]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) as reader:
+        assert reader.stdout is not None
+        try:
+            wait_until(lambda: _readers(control) > 0)
+            with place.guest.socket(socket.SOCK_DGRAM) as sock:
+                place.vpn_up()
+                told = json.loads(reader.stdout.readline())
+                while VPN_HOST not in told["appeared"]:
+                    told = json.loads(reader.stdout.readline())
+                assert "addresses" in told["reasons"] and not told["vanished"]
+                place.vpn_down()
+                told = json.loads(reader.stdout.readline())
+                while VPN_HOST not in told["vanished"]:
+                    told = json.loads(reader.stdout.readline())
+                assert f"{BOTH}/32 on vpn0" in told["lost_routes"]
+                assert (told["interface"], told["mtu"], told["flows_reset"]) == ("eth0", 1500, 0)
+                assert _ask(sock, BOTH) == ("lan", LAN_HOST)
+        finally:
+            reader.terminate()
+
+
+def _readers(control: str) -> int:
+    """How many read events."""
+    return int(Client(control).get("/v1/status")["control"]["open_event_streams"])
 
 
 def test_a_file_of_resolvers_that_changes_is_an_event(place: Place) -> None:
