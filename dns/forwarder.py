@@ -29,7 +29,6 @@ are looked through. HOT PATH: `ask` and `_readable`, once per query: one socket,
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections import Counter
 from typing import Any, Final
@@ -40,7 +39,7 @@ from dns.inflight import CACHE, NOBODY, Answered, Asked, ServerState
 from dns.rules import Route, Routes, Rules
 from dns.servers import AskerFor, Resolvers, Server, Source
 from dns.stream_asker import StreamAsker
-from dns.upstream import RandomId, accept, open_udp, worth
+from dns.upstream import RandomId, accept, open_udp, random_ids, worth
 from netstack.api import Clock
 from netstack.errors import HostError
 
@@ -53,11 +52,6 @@ PROBE_S: Final = 1.0
 MAX_TRIES: Final = 32
 """Sockets one query may have open."""
 DATAGRAM: Final = 65535
-
-
-def random_id() -> bytes:
-    """Two octets of the system's random source."""
-    return os.urandom(2)
 
 
 class Forwarder:
@@ -75,7 +69,7 @@ class Forwarder:
         rules: Rules = Rules(),  # noqa: B008  # it is a value
         asker_for: AskerFor = lambda server: None,
         clock: Clock = time.monotonic,
-        new_id: RandomId = random_id,
+        new_id: RandomId | None = None,
         max_in_flight: int = MAX_IN_FLIGHT,
         total_s: float = TOTAL_S,
         retry_s: float = RETRY_S,
@@ -85,7 +79,7 @@ class Forwarder:
         self._rules = rules
         self._asker_for = asker_for
         self._clock = clock
-        self._new_id = new_id
+        self._new_id = new_id or random_ids()
         self._max_in_flight = max_in_flight
         self._total_s = total_s
         self._retry_s = retry_s

@@ -69,7 +69,7 @@ class ServerState:
         }
 
 
-Try: TypeAlias = tuple[socket.socket, bytes, ServerState, float]
+Try: TypeAlias = tuple[socket.SocketType, bytes, ServerState, float]
 Waiting: TypeAlias = tuple[bytes, int, Answered]
 
 

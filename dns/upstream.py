@@ -11,6 +11,7 @@ Nothing here resolves names or uses threads: addresses are numeric.
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable
 from typing import Final
@@ -21,19 +22,40 @@ from dns.servers import Upstream
 RandomId = Callable[[], bytes]
 """Two octets nobody can guess."""
 
+_NONBLOCK: Final[int] = getattr(socket, "SOCK_NONBLOCK", 0)  # not in macOS
+_UDP: Final = int(socket.SOCK_DGRAM) | _NONBLOCK
+_FETCHED: Final = 512
 _HEADER_ONLY_CODES: Final = frozenset({codec.FORMERR, codec.SERVFAIL, codec.NOTIMP, codec.REFUSED})
 
 
-def open_udp(server: Upstream) -> socket.socket:
-    """A non-blocking UDP socket on a fresh port, connected to `server`. Raises `OSError`."""
-    sock = socket.socket(server.family, socket.SOCK_DGRAM)
+def open_udp(server: Upstream) -> socket.SocketType:
+    """A non-blocking UDP socket on a fresh port, connected to `server`. Raises `OSError`. HOT PATH: no wrapper, no second call."""
+    address = server.sockaddr
+    family = socket.AF_INET if len(address) == 2 else socket.AF_INET6
+    sock = socket.SocketType(family, _UDP)
     try:
-        sock.setblocking(False)
-        sock.connect(server.sockaddr)
+        if not _NONBLOCK:
+            sock.setblocking(False)
+        sock.connect(address)
     except OSError:
         sock.close()
         raise
     return sock
+
+
+def random_ids() -> RandomId:
+    """Ids of the system's random source, fetched many at a time."""
+    unused = b""
+    at = 0
+
+    def new_id() -> bytes:
+        nonlocal unused, at
+        if at == len(unused):
+            unused, at = os.urandom(_FETCHED), 0
+        at += 2
+        return unused[at - 2 : at]
+
+    return new_id
 
 
 def accept(query: bytes, end: int, query_id: bytes, reply: bytes) -> bytes | None:

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from dns import codec, stream_asker
-from dns.forwarder import random_id
 from dns.server import Server
 from dns.servers import Resolvers, Upstream
 from dns.servers import Server as Known
 from dns.stream_asker import StreamAsker
+from dns.upstream import random_ids
 from netstack.errors import HostError
 from tests.dns.support import a_reply, framed, free_port, parse, query, read_framed
 
@@ -93,7 +93,7 @@ async def look_up(asker: StreamAsker, name: str, query_id: int = 7) -> bytes:
 
 async def test_five_times_a_thousand_questions_have_each_their_own_answer() -> None:  # vpnkit TCP multiplexing
     async with resolver(one_after_the_other) as made:
-        asker = StreamAsker(made.upstream, random_id)
+        asker = StreamAsker(made.upstream, random_ids())
 
         async def ask(thread: int) -> None:
             for n in range(1000):
@@ -108,7 +108,7 @@ async def test_five_times_a_thousand_questions_have_each_their_own_answer() -> N
 
 async def test_answers_may_come_in_any_order() -> None:
     async with resolver(backwards) as made:
-        asker = StreamAsker(made.upstream, random_id)
+        asker = StreamAsker(made.upstream, random_ids())
         answers = await asyncio.gather(*(look_up(asker, f"n{n}.example", n) for n in range(100)))
         assert [str(parse(answer).q.qname) for answer in answers] == [f"n{n}.example." for n in range(100)]
         assert made.connections == 1
@@ -131,7 +131,7 @@ async def test_a_guests_queries_over_tcp_share_one_connection() -> None:
 
 async def test_an_idle_connection_is_closed_and_another_one_made() -> None:
     async with resolver(one_after_the_other) as made:
-        asker = StreamAsker(made.upstream, random_id, idle_s=0.1)
+        asker = StreamAsker(made.upstream, random_ids(), idle_s=0.1)
         await look_up(asker, "a.example")
         async with asyncio.timeout(5):
             await made.ended.wait()
@@ -145,7 +145,7 @@ async def test_a_server_that_closes_after_each_answer_is_asked_again() -> None:
         writer.write(framed(a_reply(await read_framed(reader), "10.0.0.1")))
 
     async with resolver(once) as made:
-        asker = StreamAsker(made.upstream, random_id)
+        asker = StreamAsker(made.upstream, random_ids())
         answers = await asyncio.gather(*(look_up(asker, f"n{n}.example", n) for n in range(20)))
         assert [str(parse(answer).q.qname) for answer in answers] == [f"n{n}.example." for n in range(20)]
         assert made.connections >= 20
@@ -154,7 +154,7 @@ async def test_a_server_that_closes_after_each_answer_is_asked_again() -> None:
 
 async def test_a_server_that_closed_while_nothing_was_asked_is_asked_again() -> None:
     async with resolver(one_after_the_other) as made:
-        asker = StreamAsker(made.upstream, random_id)
+        asker = StreamAsker(made.upstream, random_ids())
         await look_up(asker, "a.example")
         asker._open[0]._transport.abort()  # type: ignore[union-attr]
         assert parse(await look_up(asker, "b.example")).rr
@@ -167,7 +167,7 @@ async def test_a_server_that_hangs_up_without_an_answer_is_an_error() -> None:
         await read_framed(reader)
 
     async with resolver(rude) as made:
-        asker = StreamAsker(made.upstream, random_id)
+        asker = StreamAsker(made.upstream, random_ids())
         with pytest.raises(HostError, match="closed"):
             await look_up(asker, "a.example")
         assert made.connections == 1
@@ -175,7 +175,7 @@ async def test_a_server_that_hangs_up_without_an_answer_is_an_error() -> None:
 
 
 async def test_a_closed_port_is_an_error() -> None:
-    asker = StreamAsker(Upstream("127.0.0.1", free_port()), random_id)
+    asker = StreamAsker(Upstream("127.0.0.1", free_port()), random_ids())
     with pytest.raises(HostError, match="refused"):
         await look_up(asker, "a.example")
     asker.close()
@@ -183,7 +183,7 @@ async def test_a_closed_port_is_an_error() -> None:
 
 async def test_a_slow_name_does_not_hold_up_those_behind_it_at_a_server_that_takes_turns() -> None:
     async with resolver(one_after_the_other) as made:
-        asker = StreamAsker(made.upstream, random_id)
+        asker = StreamAsker(made.upstream, random_ids())
         slow = asyncio.ensure_future(look_up(asker, "slow.example"))
         await asyncio.sleep(0)
         quick = [asyncio.ensure_future(look_up(asker, f"quick{n}.example")) for n in range(10)]
@@ -196,7 +196,7 @@ async def test_a_slow_name_does_not_hold_up_those_behind_it_at_a_server_that_tak
 
 async def test_slow_names_open_no_more_connections_than_allowed() -> None:
     async with resolver(one_after_the_other) as made:
-        asker = StreamAsker(made.upstream, random_id)
+        asker = StreamAsker(made.upstream, random_ids())
         slow = [asyncio.ensure_future(look_up(asker, f"slow{n}.example")) for n in range(12)]
         await asyncio.sleep(2.5)
         assert made.connections == stream_asker.MAX_CONNECTIONS
@@ -223,7 +223,7 @@ async def test_what_is_no_answer_to_the_question_is_passed_over(forge: Callable[
         await reader.read()
 
     async with resolver(lying) as made:
-        asker = StreamAsker(made.upstream, random_id)
+        asker = StreamAsker(made.upstream, random_ids())
         assert str(parse(await look_up(asker, "bank.example")).rr[0].rdata) == "10.0.0.1"
         asker.close()
 
@@ -233,7 +233,7 @@ async def test_a_server_that_reads_nothing_is_not_asked_without_end() -> None:  
         await made.ended.wait()
 
     async with resolver(deaf) as made:
-        asker = StreamAsker(made.upstream, random_id)
+        asker = StreamAsker(made.upstream, random_ids())
         waiting = [asyncio.ensure_future(look_up(asker, f"n{n}.example")) for n in range(stream_asker.MAX_IN_FLIGHT)]
         await made.begun.wait()
         with pytest.raises(HostError, match="behind"):
@@ -247,13 +247,13 @@ async def test_a_server_that_reads_nothing_is_not_asked_without_end() -> None:  
 
 async def test_close_while_connecting_and_asking_leaves_nothing_behind() -> None:
     async with resolver(one_after_the_other) as made:
-        first = StreamAsker(made.upstream, random_id)
+        first = StreamAsker(made.upstream, random_ids())
         await look_up(first, "a.example")  # a loop has descriptors of its own from then on
         first.close()
         await asyncio.sleep(0.05)
         before = len(os.listdir("/dev/fd"))
         for _ in range(5):
-            asker = StreamAsker(made.upstream, random_id)
+            asker = StreamAsker(made.upstream, random_ids())
             waiting = [asyncio.ensure_future(look_up(asker, f"n{n}.example")) for n in range(5)]
             await asyncio.sleep(0)
             asker.close()
