@@ -165,6 +165,11 @@ class HostResolvers:
         return self._origin
 
     @property
+    def needs_start(self) -> bool:
+        """Whether programs are to be run, which only happens from `start` on. Files are looked at when somebody asks, too."""
+        return self.mode in (Mode.RESOLVED, Mode.SCUTIL) or (self.mode is Mode.AUTO and _is_stub(self._conf.current()))
+
+    @property
     def search(self) -> tuple[str, ...]:
         """The host's search domains."""
         return self().search

@@ -46,11 +46,16 @@ class HostSide:
         self._zones = zones
         self._clock = clock
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._running: HostResolvers | None = None
+        """Those that wake up by themselves."""
         self.names = Names(clock)
         """Those that DNS gave out, by address, for rules by domain."""
         self.resolvers = self._new_resolvers(settings.dns)
         self.follow = Follow(
-            stack, self.forget, mtu=isinstance(settings.network.mtu, AutoMtu), files=(settings.dns.resolv_conf,)
+            stack,
+            self.forget,
+            mtu=isinstance(settings.network.mtu, AutoMtu),
+            files=tuple(filter(None, (settings.dns.resolv_conf, settings.dns.file))),
         )
         self.ways_out = WaysOut(
             stack,
@@ -66,7 +71,7 @@ class HostSide:
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """From here on the host is followed."""
         self._loop = loop
-        self.resolvers.start(loop)
+        self._start_resolvers(loop)
         self.follow.start(loop)
         self.ways_out.start(loop)
         if wants_proxy(self._settings):
@@ -95,6 +100,8 @@ class HostSide:
     def forget(self) -> None:
         """The host's network is another one, or may be: what it said before does not count."""
         self.resolvers.network_changed()
+        if self._loop is not None:
+            self._start_resolvers(self._loop)  # resolv.conf may name a stub by now
         self.dns.network_changed()
         self.ways_out.refresh()
 
@@ -106,6 +113,14 @@ class HostSide:
             changed=self._resolvers_changed,
             clock=self._clock,
         )
+
+    def _start_resolvers(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self.resolvers.needs_start:
+            if self._running is not self.resolvers:
+                self._running = self.resolvers
+                self.resolvers.start(loop)  # wakes up once a second
+        else:
+            self.resolvers()  # looks at its files when a query asks, and when `follow` sees that one has changed
 
     def _resolvers_changed(self, found: Resolvers) -> None:
         if not self._settings.network.search:
@@ -155,7 +170,7 @@ class HostSide:
         if moved:
             old_resolvers.close()
             if self._loop is not None:
-                self.resolvers.start(self._loop)
+                self._start_resolvers(self._loop)
 
     def reload_ways_out(self, settings: Settings) -> None:
         """The same for ways out."""
