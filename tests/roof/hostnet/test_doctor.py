@@ -202,11 +202,22 @@ def test_a_host_without_resolvers(patient: Patient) -> None:
     said = patient.said()
     assert said.status == 1 and "names none" in said.one("resolvers")["text"]
     patient.resolv_conf.unlink()
-    assert "No such file" in patient.said().one("resolvers")["text"]
-    patient.write_config()
+    assert "names none" in patient.said().one("resolvers")["text"]
     patient.config.write_text(f"dns: {{servers: [127.0.0.1]}}\nstate_dir: {patient.state}\n")
     with resolver(patient.host, lambda question: empty(question, 5)):
         assert "(REFUSED)" in patient.said().one("resolvers")["text"], "what is configured is asked instead"
+
+
+@linux
+def test_resolvers_are_looked_for_where_the_settings_say(patient: Patient, tmp_path: Path) -> None:
+    path = tmp_path / "vpn.conf"
+    path.write_text("nameserver 127.0.0.2#53\nzone corp.example\nnameserver 127.0.0.1#53\n")
+    patient.config.write_text(f"dns: {{file: {path}}}\nstate_dir: {patient.state}\n")
+    with resolver(patient.host, empty):
+        first, second = patient.said().of("resolvers")
+    assert (first["state"], second["state"]) == ("warn", "ok") and str(path) in first["advice"]
+    patient.config.write_text(f"dns: {{source: getaddrinfo}}\nstate_dir: {patient.state}\n")
+    assert "getaddrinfo" in patient.said().one("resolvers")["text"]
 
 
 @linux
