@@ -36,6 +36,7 @@ from typing import Any, Final
 from dns import cache, codec
 from dns.cache import Cache
 from dns.inflight import CACHE, NOBODY, Answered, Asked, ServerState
+from dns.readers import Readers
 from dns.rules import Route, Routes, Rules
 from dns.servers import AskerFor, Resolvers, Server, Source
 from dns.stream_asker import StreamAsker
@@ -94,6 +95,7 @@ class Forwarder:
         self._timer_at = 0.0
         self._buffer = memoryview(bytearray(DATAGRAM))
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._readers: Readers[Asked] | None = None
 
     @property
     def in_flight(self) -> int:
@@ -130,6 +132,9 @@ class Forwarder:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if self._readers is not None:
+            self._readers.close()
+            self._readers = None
         for state in self._states.values():
             state.close()
         self._states.clear()
@@ -231,8 +236,9 @@ class Forwarder:
             raise HostError("dns: the server was closed meanwhile") from None
 
     def _begin(self, asked: Asked, now: float) -> None:
-        if self._loop is None:
-            self._loop = asyncio.get_running_loop()
+        if self._readers is None:
+            self._loop = self._loop or asyncio.get_running_loop()
+            self._readers = Readers(self._loop, self._readable)
         self._asked.add(asked)
         if asked.key is not None:
             self._flying[asked.key] = asked
@@ -280,7 +286,7 @@ class Forwarder:
 
     def _send(self, asked: Asked, state: ServerState, now: float) -> None:
         """Ask one server that is pending. When that is not possible it is pending no longer."""
-        assert self._loop is not None
+        assert self._loop is not None and self._readers is not None
         if asked.stream or state.asker is not None:
             if state not in asked.tasks.values():
                 state.asked += 1
@@ -305,8 +311,13 @@ class Forwarder:
             return
         state.asked += 1
         fd = sock.fileno()
+        try:
+            self._readers.add(fd, asked)
+        except OSError:
+            sock.close()
+            self._unreachable(asked, state)
+            return
         asked.tries[fd] = sock, query_id, state, now
-        self._loop.add_reader(fd, self._readable, asked, fd)
 
     def _probe(self, asked: Asked, state: ServerState, now: float) -> None:
         """Find out whether a server is back, with a query that it would have been asked."""
@@ -410,17 +421,17 @@ class Forwarder:
             self._close_try(asked, fd)
 
     def _close_try(self, asked: Asked, fd: int) -> None:
-        assert self._loop is not None
+        assert self._readers is not None
         sock = asked.tries.pop(fd)[0]
-        self._loop.remove_reader(fd)
+        self._readers.remove(fd)
         sock.close()
 
     def _drop(self, asked: Asked) -> bool:
         """Let it go; whether it was the one that other askers of its question would have waited for."""
-        loop = self._loop
-        assert loop is not None
+        readers = self._readers
+        assert readers is not None
         for fd, one in asked.tries.items():
-            loop.remove_reader(fd)
+            readers.remove(fd)
             one[0].close()
         asked.tries.clear()
         for task in asked.tasks:

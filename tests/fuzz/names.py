@@ -88,19 +88,30 @@ def answer_to(rng: random.Random, asked: bytes) -> bytes:
 
 
 class Loop:
-    """What the forwarder wants of an event loop. Readers are called by hand, timers never."""
-
-    def __init__(self) -> None:
-        self.readers: dict[int, tuple[Callable[..., object], tuple[Any, ...]]] = {}
-
-    def add_reader(self, fd: int, call: Callable[..., object], *arguments: object) -> None:
-        self.readers[fd] = call, arguments
-
-    def remove_reader(self, fd: int) -> None:
-        del self.readers[fd]
+    """What the forwarder wants of an event loop: timers that never fire."""
 
     def call_later(self, after_s: float, call: Callable[[], object]) -> mock.Mock:
         return mock.Mock()
+
+
+class Readers:
+    """In place of `dns.readers.Readers`: called by hand."""
+
+    def __init__(self) -> None:
+        self.owners: dict[int, Any] = {}
+        self.readable: Callable[[Any, int], None] = lambda owner, fd: None
+
+    def __call__(self, loop: object, readable: Callable[[Any, int], None]) -> Readers:
+        self.readable = readable
+        return self
+
+    def add(self, fd: int, owner: Any) -> None:
+        self.owners[fd] = owner
+
+    def remove(self, fd: int) -> None:
+        del self.owners[fd]
+
+    def close(self) -> None: ...
 
 
 class Resolver:
@@ -175,29 +186,31 @@ def _own(rng: random.Random) -> None:
 def _relayed(rng: random.Random) -> None:
     """Over UDP: the resolver sees the query and the guest the answer, with nothing but the id changed."""
     servers = rng.choice([["192.0.2.1"], ["192.0.2.1", "192.0.2.2"]])
-    resolver, loop = Resolver(), Loop()
-    with mock.patch.object(forwarder, "open_udp", resolver.open):
+    resolver, readers = Resolver(), Readers()
+    with (
+        mock.patch.object(forwarder, "open_udp", resolver.open),
+        mock.patch.object(forwarder, "Readers", readers),
+    ):
         server = _server(upstreams=servers)
-        server._forwarder._loop = loop  # type: ignore[assignment]
+        server._forwarder._loop = Loop()  # type: ignore[assignment]
         asked = query(rng)
         answers: list[bytes] = []
         server.datagram(asked, SOURCE, answers.append)
         said: list[bytes] = []
         for _ in range(6):
-            if not loop.readers:
+            if not readers.owners:
                 break
-            number = rng.choice(list(loop.readers))
+            number = rng.choice(list(readers.owners))
             sock = resolver.sockets[number - 100]
             assert sock.asked[2:] == asked[2:]
             sock.answer = answer_to(rng, sock.asked)
             if rng.random() < 0.1:
                 sock.answer = rng.randbytes(2) + sock.answer[2:]
             said.append(sock.answer)
-            call, arguments = loop.readers[number]
-            call(*arguments)
+            readers.readable(readers.owners[number], number)
             if answers:
                 break
-        if not loop.readers:
+        if not readers.owners:
             assert server.counters["in_flight"] == 0 and all(sock.closed for sock in resolver.sockets)
         assert len(answers) <= 1
         for answer in answers:
@@ -211,7 +224,7 @@ def _relayed(rng: random.Random) -> None:
                 elif answer[6:12] != bytes(6):  # with records, so not ours
                     assert answer[2:] in [one[2:] for one in said] or len(said[-1]) == codec.HEADER
         server.close()
-        assert not loop.readers
+        assert not readers.owners
 
 
 def _truncated(answer: bytes, whole: bytes) -> bool:
