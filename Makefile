@@ -1,5 +1,6 @@
 # make demo    the tour: installs into .venv, needs no root and no VM
 # make demo-vm the tour with a virtual machine: installs QEMU where it may, boots a kernel of Debian (on x86-64)
+# make demo-vpn a VPN of the host comes and goes under a working guest; needs no root and no VM either
 # make test    everything: installs what the tests use (Debian, Ubuntu), runs them
 # make lint    ruff and mypy
 # make bench   the benchmarks; takes minutes, wants root and an idle machine
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 FUZZ_SECONDS ?= 60
 PYTEST_ARGS ?=
 
-.PHONY: demo demo-vm test lint bench fuzz manual clean packages dev
+.PHONY: demo demo-vm demo-vpn test lint bench fuzz manual clean packages dev
 
 demo: $(VENV)/.installed
 	$(BIN)/pyvpnkit demo
@@ -26,6 +27,9 @@ demo: $(VENV)/.installed
 demo-vm: $(VENV)/.installed
 	@command -v qemu-system-x86_64 >/dev/null || .ci/packages <(echo qemu-system-x86)
 	$(BIN)/pyvpnkit demo --vm
+
+demo-vpn: $(VENV)/.installed
+	$(BIN)/pyvpnkit demo --vpn
 
 test: packages dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -171,6 +171,7 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--vm", action="store_true", help="with a virtual machine of QEMU's: boots Debian's kernel (x86-64)"
     )
+    demo.add_argument("--vpn", action="store_true", help="a VPN of the host comes and goes under a working guest")
 
     commands_of_control.add(command)
 

@@ -5,7 +5,7 @@
 
 Three processes, as in real life: what the ends do does not slow the stack down. Each step either says what it found or ends
 as failed; the exit status is 0 only if every step worked. With no terminal the same comes as plain lines. `--vm` shows the same
-with a machine (`pyvpnkit.demo_vm`).
+with a machine (`pyvpnkit.demo_vm`), `--vpn` what a VPN of the host does to a guest (`pyvpnkit.demo_vpn`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
 from netstack.errors import HostError, NetstackError
 from netstack.link.spec import LinkSpec
@@ -101,7 +101,7 @@ class Worker:
 class HostWorker(Worker):
     """A worker in a process of its own, on the host. A context manager."""
 
-    def __enter__(self) -> HostWorker:
+    def __enter__(self) -> Self:
         self._pid = os.fork()
         if self._pid == 0:
             status = 1
@@ -129,6 +129,10 @@ def main(parsed: argparse.Namespace) -> int:
         from pyvpnkit import demo_vm
 
         return demo_vm.main()
+    if parsed.vpn:
+        from pyvpnkit import demo_vpn
+
+        return demo_vpn.main()
     need_linux()
     capture = capture_file()
     sockets = tempfile.TemporaryDirectory(prefix="pyvpnkit-demo-")
@@ -508,4 +512,4 @@ def directions(path: Path, octets: int) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(argparse.Namespace(vm=False)))
+    sys.exit(main(argparse.Namespace(vm=False, vpn=False)))

@@ -6,6 +6,8 @@ A worker is a forked process that answers one command after the other until the 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import http.client
 import http.server
 import json
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 from typing import Any, Final
 
 from netstack.wire import checksum
@@ -51,6 +54,7 @@ class _Commands:
         self._threads: list[threading.Thread] = []
         self._transferred: tuple[int, float] | None = None
         self._children: list[subprocess.Popen[bytes]] = []
+        self._held: socket.socket | None = None
 
     def close(self) -> None:
         """End every program that was started."""
@@ -106,6 +110,84 @@ class _Commands:
         server = http.server.ThreadingHTTPServer((address, port), Page)
         self._start(server.serve_forever)
         return int(server.server_address[1])
+
+    def ip(self, commands: list[str]) -> None:
+        """Commands of ip(8)."""
+        from pyvpnkit.guest import run_ip
+
+        run_ip(*commands)
+
+    def zone(self, address: str, port: int, names: dict[str, str]) -> None:
+        """A name server that knows these names (IPv4 addresses) and says of all others that they do not exist."""
+        from dnslib import QTYPE, RCODE, RR, A, DNSRecord
+
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        sock.bind((address, port))
+
+        def run() -> None:
+            while True:
+                message, asker = sock.recvfrom(4096)
+                query = DNSRecord.parse(message)
+                answer = query.reply()
+                found = names.get(str(query.q.qname).rstrip(".").lower())
+                if found is None:
+                    answer.header.rcode = RCODE.NXDOMAIN
+                elif query.q.qtype == QTYPE.A:
+                    answer.add_answer(RR(query.q.qname, QTYPE.A, ttl=60, rdata=A(found)))
+                sock.sendto(answer.pack(), asker)
+
+        self._start(run)
+
+    def http_proxy(self, address: str, port: int) -> None:
+        """A proxy for GET, which says in the page that it was there."""
+
+        class Proxy(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                place = urllib.parse.urlsplit(self.path)
+                connection = http.client.HTTPConnection(place.hostname or "", place.port or 80, timeout=LIMIT_S)
+                try:
+                    connection.request("GET", place.path or "/")
+                    page = connection.getresponse().read() + b" (by way of the office's proxy)"
+                finally:
+                    connection.close()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(page)))
+                self.end_headers()
+                self.wfile.write(page)
+
+            def log_message(self, format: str, *arguments: Any) -> None:
+                pass
+
+        self._start(http.server.ThreadingHTTPServer((address, port), Proxy).serve_forever)
+
+    def hold(self, host: str, port: int) -> None:
+        """Open a connection that stays; `held` uses it."""
+        self._held = socket.create_connection((host, port), LIMIT_S)
+
+    def held(self) -> str:
+        """What the connection that stays brings: its echo, or how it ended."""
+        assert self._held is not None
+        try:
+            self._held.sendall(b"still there")
+            return self._held.recv(100).decode() or "it was closed"
+        except OSError as error:
+            return type(error).__name__
+
+    def echo(self, address: str) -> int:
+        """A server that says everything again; returns its port."""
+        listener = socket.create_server((address, 0))
+
+        def serve(sock: socket.socket) -> None:
+            with contextlib.suppress(OSError), sock:  # whoever spoke may be gone
+                while octets := sock.recv(4096):
+                    sock.sendall(octets)
+
+        def run() -> None:
+            while True:
+                self._start(functools.partial(serve, listener.accept()[0]))
+
+        self._start(run)
+        return int(listener.getsockname()[1])
 
     def start(self, words: list[str], until: str = "") -> int:
         """Start a command of pyvpnkit in here; returns its process id when it is at work.

@@ -197,7 +197,7 @@ def _be_the_guest(channel: socket.socket, task: Task, mtu: int, grace_s: float, 
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     try:
-        _enter_namespaces()
+        enter_namespaces()
         kind, fd = _open_link(kind, mtu)
     except (OSError, NetstackError) as error:
         _tell(channel, error=str(error))
@@ -246,7 +246,8 @@ def _mount(source: str, target: str, kind: str, flags: int, options: str = "") -
     _libc("mount", source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), options.encode())
 
 
-def _enter_namespaces() -> None:
+def enter_namespaces() -> None:
+    """Have user (unless root), network and mount namespaces of one's own. Raises `HostError` with what to change."""
     uid, gid = os.geteuid(), os.getegid()
     try:
         if uid != 0 or not _unshared_as_root():
@@ -262,6 +263,11 @@ def _enter_namespaces() -> None:
         _write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1")
     # What the host mounts later should appear here, what we mount must not appear there.
     _mount("none", "/", "", _MS_REC | _MS_SLAVE)
+
+
+def unshare_network() -> None:
+    """Another network namespace, for who is root in this one. Raises `OSError`."""
+    _libc("unshare", _CLONE_NEWNET)
 
 
 def _unshared_as_root() -> bool:
@@ -306,7 +312,7 @@ def _ip() -> str:
     return found
 
 
-def _run_ip(*commands: str, pass_fds: tuple[int, ...] = ()) -> None:
+def run_ip(*commands: str, pass_fds: tuple[int, ...] = ()) -> None:
     """Commands of ip(8), in one process. Raises `HostError` with what it says."""
     done = subprocess.run(
         [_ip(), "-batch", "-"],
@@ -346,7 +352,7 @@ def _open_packet(mtu: int) -> int:
         _libc("unshare", _CLONE_NEWNET)
         with contextlib.suppress(OSError):  # or the kernel would talk on it
             _write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1")
-        _run_ip(
+        run_ip(
             f"link add link0 mtu {mtu} type veth peer name {IFNAME} mtu {mtu} netns /proc/self/fd/{guest}",
             "link set link0 up",
             pass_fds=(guest,),
@@ -355,13 +361,13 @@ def _open_packet(mtu: int) -> int:
         _libc("setns", guest, _CLONE_NEWNET)
     finally:
         os.close(guest)
-    _run_ip(f"link set {IFNAME} up")
+    run_ip(f"link set {IFNAME} up")
     return sock.detach()
 
 
 def _configure(lease: Lease, mtu: int) -> None:
     network = lease.interface.network
-    _run_ip(
+    run_ip(
         "link set lo up",
         f"link set {IFNAME} mtu {lease.mtu or mtu}",
         f"addr add {lease.interface} broadcast {network.broadcast_address} dev {IFNAME}",

@@ -14,8 +14,7 @@ import os
 import socket
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from netstack.errors import HostError, Malformed
 
@@ -59,8 +58,7 @@ _LIMIT_S: Final = 2.0
 _HEARD_AT_ONCE: Final = 64
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Address:
+class Address(NamedTuple):
     """An address of this host, 4 or 16 octets, and the number of the interface that has it."""
 
     octets: bytes
@@ -68,8 +66,7 @@ class Address:
     interface: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RouteEntry:
+class RouteEntry(NamedTuple):
     """A route as the kernel has it, or the answer to "which way to X"."""
 
     family: int
@@ -89,8 +86,7 @@ class RouteEntry:
     cloned: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Interface:
+class Interface(NamedTuple):
     """A network interface."""
 
     number: int

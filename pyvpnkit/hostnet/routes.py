@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 from netstack.errors import ConfigError, HostError, Malformed
 
@@ -32,8 +32,7 @@ _FIRST_TRIED: Final = 65
 """Third octet of the subnets tried first: as VPNKit's, and not those of home routers (0, 1, 2, 178, 188)."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Route:
+class Route(NamedTuple):
     """One route of the host."""
 
     destination: Destination

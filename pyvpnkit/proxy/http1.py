@@ -174,9 +174,12 @@ class Wire:
     def watch(self, gone: Callable[[], object]) -> None:
         """Until `unwatch`: call `gone` when the other end cannot take an answer any more. It is not to be read meanwhile.
 
-        What it says meanwhile, the next request or its end, is kept: one reading of it.
+        What it says meanwhile, the next request or its end, is kept: one reading of it. From then on its socket is looked at
+        now and then.
         """
-        if self.h11.trailing_data[0] or self.h11.trailing_data[1]:
+        octets, ended = self.h11.trailing_data
+        if octets or ended:
+            self._look(gone)
             return
         self._watching = True
         self._loop.add_reader(self.sock, self._heard, gone)
@@ -199,11 +202,10 @@ class Wire:
             octets = b""
         self.unwatch()
         self.h11.receive_data(octets)
-        if not octets:
-            self._look(gone)
+        self._look(gone)
 
     def _look(self, gone: Callable[[], object]) -> None:
-        """It has said its last word, and may wait for the answer or not."""
+        """It may have said its last word, and may wait for the answer or not."""
         self._timer = None
         if hung_up(self.sock):
             gone()

@@ -137,6 +137,7 @@ class HttpProxy:
         for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.sleep(0)  # for `_over` of each
         self.outside.close()
 
     # What it is told.
@@ -227,11 +228,19 @@ class HttpProxy:
             sock.close()
             return
         self._open[guest] += 1
-        task = asyncio.get_running_loop().create_task(self._run(sock, guest, work))
+        task = asyncio.get_running_loop().create_task(self._run(work))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda task: self._over(task, sock, guest))
 
-    async def _run(self, sock: socket.socket, guest: bytes, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    def _over(self, task: asyncio.Task[None], sock: socket.socket, guest: bytes) -> None:
+        """A connection has ended, perhaps before its task ever ran."""
+        self._tasks.discard(task)
+        sock.close()
+        self._open[guest] -= 1
+        if self._open[guest] <= 0:
+            del self._open[guest]  # or the table would grow with every address that ever asked
+
+    async def _run(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         try:
             await work()
         except Exception as error:  # contained: this connection
@@ -240,11 +249,6 @@ class HttpProxy:
             if name not in self._told and len(self._told) < 64:
                 self._told.add(name)
                 log.error("contained: http proxy: %s", name, exc_info=error)
-        finally:
-            sock.close()
-            self._open[guest] -= 1
-            if self._open[guest] <= 0:
-                del self._open[guest]  # or the table would grow with every address that ever asked
 
     async def relay(self, relay: Relay) -> None:
         """Run it, and count what it carried."""
