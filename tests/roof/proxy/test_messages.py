@@ -289,7 +289,7 @@ async def test_bodies_pass_in_pieces_and_wait_for_whoever_reads(named: House, pr
     before = -1
     while before != sent:
         before = sent
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.05)
     assert sent < 32, "what the kernel holds, and no more"
     assert await guest.exactly(64 * MB) == bytes(64 * MB)
 
@@ -318,7 +318,7 @@ async def test_an_upload_waits_for_the_server(named: House, proxy: Make, server:
             if taken == before:
                 break
             before = taken
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.05)
     assert taken < 32 * MB
     read.set()
     await guest.send(bytes(64 * MB - taken))
