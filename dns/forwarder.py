@@ -50,8 +50,8 @@ RETRY_S: Final = 1.0  # spec vpnkit 4.4; F12 wants the next server's answer with
 HOLD_S: Final = 1.0
 """How long "no such name" waits for a better answer of another server of the group."""
 PROBE_S: Final = 1.0
-MAX_TRIES: Final = 32
-"""Sockets one query may have open."""
+MAX_SOCKETS: Final = 2048
+"""Open at once; queries are repeated while half of them are free, and beyond all of them one is as good as lost."""
 DATAGRAM: Final = 65535
 
 
@@ -293,7 +293,8 @@ class Forwarder:
                 task = self._loop.create_task(self._converse(asked, state, now))
                 asked.tasks = {**asked.tasks, task: state}
             return
-        if len(asked.tries) >= MAX_TRIES:
+        if len(self._readers) >= (MAX_SOCKETS // 2 if asked.tries else MAX_SOCKETS):
+            self._counters["socket_limit"] += 1
             return
         try:
             sock = open_udp(state.server.upstream)

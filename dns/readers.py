@@ -30,20 +30,22 @@ class Readers(Generic[Owner]):
         if self._epoll is not None:
             loop.add_reader(self._epoll.fileno(), self._ready)
 
+    def __len__(self) -> int:
+        return len(self._owners)
+
     def add(self, fd: int, owner: Owner) -> None:
         """From now on; `OSError` when the system cannot."""
         if self._epoll is None:
             self._loop.add_reader(fd, self._readable, owner, fd)
         else:
             self._epoll.register(fd, select.EPOLLIN)
-            self._owners[fd] = owner
+        self._owners[fd] = owner
 
     def remove(self, fd: int) -> None:
         """No longer; the socket must be closed at once."""
         if self._epoll is None:
             self._loop.remove_reader(fd)
-        else:
-            del self._owners[fd]
+        del self._owners[fd]
 
     def _ready(self) -> None:
         assert self._epoll is not None

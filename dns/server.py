@@ -50,6 +50,7 @@ _COUNTERS: Final = (
     "forwarded",
     "no_resolver",
     "over_limit",
+    "socket_limit",
     "truncated",
     "servfail",
     "upstream_timeout",

@@ -45,7 +45,7 @@ class DnsSettings:
     """Ask these servers instead of the host's own resolvers; `IP`, `IP:PORT` or `tls://IP[:PORT]#NAME` (DNS over TLS)."""
     tls_ca: str | None = None
     """A PEM file with the authorities to trust for DNS over TLS, in place of the host's."""
-    source: str = "auto"
+    resolvers: str = "auto"
     """Where the host's resolvers come from: `resolv.conf`, `resolved` (systemd-resolved, with its links' domains), `scutil`
     (macOS), `file` (the one of `dns.file`), `getaddrinfo` (the host's library is asked, as VPNKit's Host mode), or `auto`."""
     file: str | None = None
@@ -160,7 +160,7 @@ class Settings:
     up) or `http://...` (CONNECT). Without a match: directly."""
     way_out_fail: str = "closed"
     """When a proxy of `way_out` cannot be reached: connections fail (`closed`), or go directly (`open`)."""
-    way_out_datagrams: str = "auto"
+    way_out_udp: str = "auto"
     """UDP and ping where a rule names a proxy, which carries neither: `refuse`, `direct`, or `auto`: as `way_out_fail` says."""
     control: ControlSettings = field(default_factory=ControlSettings)
     """The control API."""
@@ -352,7 +352,7 @@ OPTIONS: Final[tuple[Option, ...]] = (
         "dns.resolv_conf", "--dns-resolv-conf", "FILE", values.text, "/run/systemd/resolve/resolv.conf", reload=True
     ),
     _option("dns.tls_ca", "--dns-tls-ca", "FILE", values.or_off(values.text), "/etc/ssl/corp.pem", reload=True),
-    _option("dns.source", "--dns-source", "WHAT", values.one_of(*DNS_SOURCES), "resolved", reload=True),
+    _option("dns.resolvers", "--dns-resolvers", "WHAT", values.one_of(*DNS_SOURCES), "resolved", reload=True),
     _option("dns.file", "--dns --dns-file", "FILE", values.or_off(values.text), "/run/vm/resolv.conf", reload=True),
     _option(
         "dns.rules",
@@ -390,8 +390,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
     ),
     _option("way_out_fail", "--way-out-fail", "WHAT", values.one_of("closed", "open"), "open", reload=True),
     _option(
-        "way_out_datagrams",
-        "--way-out-datagrams",
+        "way_out_udp",
+        "--way-out-udp",
         "WHAT",
         values.one_of("auto", "refuse", "direct"),
         "direct",

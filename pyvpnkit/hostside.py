@@ -61,7 +61,7 @@ class HostSide:
             stack,
             settings.way_out,
             fail=settings.way_out_fail,
-            datagrams=settings.way_out_datagrams,
+            datagrams=settings.way_out_udp,
             names=self.names,
             connect_s=settings.network.timeouts.tcp_connect_s,
         )
@@ -174,7 +174,7 @@ class HostSide:
 
     def reload_ways_out(self, settings: Settings) -> None:
         """The same for ways out."""
-        self.ways_out.replace(settings.way_out, fail=settings.way_out_fail, datagrams=settings.way_out_datagrams)
+        self.ways_out.replace(settings.way_out, fail=settings.way_out_fail, datagrams=settings.way_out_udp)
         self._settings = settings
         self.reload_dns(settings)  # which may have to tell names now
 

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dns import codec
+from dns import forwarder as forwarding
 from dns.forwarder import Forwarder
 from dns.server import Server
 from dns.servers import OFFLINE_AFTER, Resolvers, Upstream
@@ -330,6 +331,20 @@ async def test_ten_thousand_queries_leave_no_descriptor_behind() -> None:
             await asyncio.gather(*(ask(server, query(f"n{n}.{m}.example")) for m in range(100)))
         assert len(os.listdir("/dev/fd")) == before
         server.close()
+
+
+async def test_repetitions_use_no_more_sockets_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:  # G23
+    monkeypatch.setattr(forwarding, "MAX_SOCKETS", 40)
+    async with upstream(mute) as dead:
+        forwarder, counters = quick(dead.spec, retry_s=0.02, total_s=0.5)
+        before = len(os.listdir("/dev/fd"))
+        waiting = [asyncio.ensure_future(ask_quick(forwarder, query(f"n{n}.example"))) for n in range(30)]
+        while counters["socket_limit"] < 100:
+            await asyncio.sleep(0.01)
+            assert len(os.listdir("/dev/fd")) - before <= 42
+        assert {parse(answer).header.rcode for answer in await asyncio.gather(*waiting)} == {codec.SERVFAIL}
+        assert len(os.listdir("/dev/fd")) - before <= 2
+        forwarder.close()
 
 
 async def test_close_drops_what_is_on_its_way() -> None:

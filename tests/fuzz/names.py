@@ -105,6 +105,9 @@ class Readers:
         self.readable = readable
         return self
 
+    def __len__(self) -> int:
+        return len(self.owners)
+
     def add(self, fd: int, owner: Any) -> None:
         self.owners[fd] = owner
 
