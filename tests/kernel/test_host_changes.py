@@ -391,3 +391,18 @@ def _leased_mtu(guest: Namespace, directory: Path) -> str:
     words = ("busybox", "udhcpc", "-i", "eth0", "-s", str(script), "-n", "-q", "-f", "-t", "20", "-T", "1", "-O", "mtu")
     guest.run(*words)
     return out.read_text().strip()
+
+
+def test_an_automatic_subnet_is_one_that_the_host_has_no_route_to(fresh: World) -> None:
+    host, guest = fresh.host, fresh.namespace()
+    host.ip("link", "add", "eth0", "type", "veth", "peer", "other")
+    host.ip("addr", "add", "192.168.65.20/24", "dev", "eth0")
+    host.ip("link", "set", "eth0", "up")
+    host.ip("link", "set", "other", "up")
+    daemon = fresh.daemon("--link", f"tap:netns={guest.name}", "--subnet", "auto")
+    assert guest.udhcpc() == "192.168.66.3"
+    with serve(host.listen("192.168.65.20", PORT), echo), guest.connect("192.168.65.20", PORT) as sock:
+        _talk(sock)
+    with serve(host.listen("127.0.0.1", PORT), echo), guest.connect("192.168.66.2", PORT) as sock:
+        _talk(sock)
+    assert daemon.stop() == 0 and "Traceback" not in daemon.said(), daemon.said()
