@@ -107,7 +107,7 @@ class HostSide:
 
     def _new_resolvers(self, dns: DnsSettings) -> HostResolvers:
         return HostResolvers(
-            dns.source,
+            dns.resolvers,
             resolv_conf=dns.resolv_conf,
             dns_file=dns.file,
             changed=self._resolvers_changed,

@@ -68,7 +68,7 @@ def _resolvers(settings: Settings) -> Iterator[Result]:
     if dns.servers:
         found, source = Resolvers.of(dns.servers), "the setting dns.servers"
     else:
-        host = HostResolvers(dns.source, resolv_conf=dns.resolv_conf, dns_file=dns.file)
+        host = HostResolvers(dns.resolvers, resolv_conf=dns.resolv_conf, dns_file=dns.file)
         found, source = host(), (dns.file if host.origin is Mode.FILE else dns.resolv_conf) or "nobody"
         if host.mode is Mode.RESOLVED or (host.mode is Mode.AUTO and _STUB in (one.upstream for one in found.servers)):
             with contextlib.suppress(HostError):  # the stub answers whether the servers behind it do or not
