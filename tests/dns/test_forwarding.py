@@ -329,7 +329,7 @@ async def test_ten_thousand_queries_leave_no_descriptor_behind() -> None:
         before = len(os.listdir("/dev/fd"))
         for n in range(100):
             await asyncio.gather(*(ask(server, query(f"n{n}.{m}.example")) for m in range(100)))
-        assert len(os.listdir("/dev/fd")) == before
+        assert len(os.listdir("/dev/fd")) <= before
         server.close()
 
 
