@@ -216,7 +216,7 @@ def test_resolvers_are_looked_for_where_the_settings_say(patient: Patient, tmp_p
     with resolver(patient.host, empty):
         first, second = patient.said().of("resolvers")
     assert (first["state"], second["state"]) == ("warn", "ok") and str(path) in first["advice"]
-    patient.config.write_text(f"dns: {{source: getaddrinfo}}\nstate_dir: {patient.state}\n")
+    patient.config.write_text(f"dns: {{resolvers: getaddrinfo}}\nstate_dir: {patient.state}\n")
     assert "getaddrinfo" in patient.said().one("resolvers")["text"]
 
 
