@@ -32,6 +32,7 @@ from pyvpnkit.proxy.errors import Gone, Refusal
 from pyvpnkit.proxy.http1 import Headers, Place, Wire, has_body, passed_on, target_of, values
 from pyvpnkit.proxy.pages import page, reason
 from pyvpnkit.proxy.relay import Relay
+from pyvpnkit.proxy.through import FAULTS, ask_tunnel
 
 if TYPE_CHECKING:
     from pyvpnkit.proxy.service import HttpProxy
@@ -41,10 +42,7 @@ log = logging.getLogger("pyvpnkit.proxy")
 IDLE_S: Final = 60.0
 HEAD_S: Final = 20.0
 BODY_S: Final = 300.0
-ANSWER_S: Final = 60.0
-"""For a proxy's answer to CONNECT."""
 _SAFE: Final = (b"GET", b"HEAD", b"OPTIONS", b"TRACE")
-_FAULTS: Final = (OSError, h11.RemoteProtocolError)
 
 
 class _Stale(Exception):
@@ -215,7 +213,7 @@ class Conversation:
                 self._no_credentials_wanted(answer, route.upstream)
                 try:
                     return await self._answer(server, answer)
-                except _FAULTS as error:
+                except FAULTS as error:
                     raise Gone(f"the answer broke off: {error}") from None
         else:
             answer = h11.Response(status_code=200, headers=[], reason=b"OK")
@@ -285,7 +283,7 @@ class Conversation:
                     await server.send(h11.EndOfMessage())
                     guest.watch(self._left)
                 answer = await self._final(server)
-            except _FAULTS as error:
+            except FAULTS as error:
                 if again:
                     raise _Stale from error
                 raise
@@ -295,7 +293,7 @@ class Conversation:
             if route.upstream is not None:
                 self._no_credentials_wanted(answer, route.upstream)
             return await self._answer(server, answer)
-        except _FAULTS as error:
+        except FAULTS as error:
             if faults:
                 raise faults[0] from None
             if self._gone or not guest.may_answer:
@@ -404,49 +402,3 @@ class Conversation:
             self._drop()
             has = "does not accept the user and password" if upstream.credentials else "asks for a user and password"
             raise Refusal(502, f"HTTP proxy {upstream} {has} that http_proxy.json has for it")
-
-
-async def ask_tunnel(server: Wire, place: Place, upstream: Upstream, headers: Headers) -> h11.Response:
-    """A proxy's answer to CONNECT. Raises `Refusal` 502."""
-    full = place.full.encode()
-    said: Headers = [(b"Host", full)]
-    if upstream.authorization is not None:
-        said.append((b"Proxy-Authorization", upstream.authorization))
-    try:
-        async with asyncio.timeout(ANSWER_S):
-            await server.send(h11.Request(method=b"CONNECT", target=full, headers=said + headers))
-            await server.send(h11.EndOfMessage())
-            while True:
-                event = await server.next()
-                if isinstance(event, h11.Response):
-                    return event
-                if not isinstance(event, h11.InformationalResponse):
-                    raise h11.RemoteProtocolError("it closed the connection")
-    except (*_FAULTS, TimeoutError) as error:
-        raise Refusal(502, f"HTTP proxy {upstream} did not answer: {error or 'too late'}") from None
-
-
-async def pass_through(house: HttpProxy, sock: socket.socket, destination: Endpoint, upstream: Upstream) -> None:
-    """An intercepted TLS connection: through the proxy to where it was to go, or closed (spec vpnkit 6.3).
-
-    Nothing of the guest's is read before: what waits in its socket makes the end a reset.
-    """
-    server: Wire | None = None
-    try:
-        place = Place(destination.text, destination.port)
-        server = Wire(await house.outside.proxy(upstream), h11.CLIENT)
-        answer = await ask_tunnel(server, place, upstream, [])
-        if not 200 <= answer.status_code < 300:
-            raise Refusal(answer.status_code, f"HTTP proxy {upstream} refuses {place.full}: {answer.status_code}")
-        relay = Relay(sock, server.sock, to_one=server.h11.trailing_data[0])
-        server = None
-    except Refusal as refusal:
-        house.counters["tunnels_failed"] += 1
-        log.info("proxy: %s", refusal)
-        sock.close()
-        return
-    finally:
-        if server is not None:
-            server.close()
-    house.counters["tunnels"] += 1
-    await house.relay(relay)

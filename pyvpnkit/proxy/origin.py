@@ -10,8 +10,8 @@ that neither CONNECT nor a name that leads to the host's loopback or a metadata 
 The upstream proxies of `http_proxy.json` are the operator's word: `trusted` connects to them wherever they are, on the host's
 own loopback too; tunnels and ways out hold for them as for all others.
 
-Names are looked up by the host's `getaddrinfo`, in threads of our own, so that a slow answer holds up neither the loop nor,
-with `MAX_LOOKUPS` at once, many others. The network's own names (gateway, host alias) are known without it.
+Names are looked up by the host's `getaddrinfo` (`pyvpnkit.proxy.names`). The network's own (gateway, host alias) are known
+without it.
 
 Bounds: `LOOKUP_S` for a name, `CONNECT_S` for a connection in all, `MAX_ADDRESSES` tried of one name.
 """
@@ -22,7 +22,6 @@ import asyncio
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeAlias
 
 from netstack.api import Endpoint, Way
@@ -34,11 +33,11 @@ from netstack.settings import Network
 from pyvpnkit.proxy.config import Upstream
 from pyvpnkit.proxy.connect import Sockets, agree, connect, through_program
 from pyvpnkit.proxy.errors import Refusal
+from pyvpnkit.proxy.names import Names
 from pyvpnkit.proxy.patterns import literal
 
 log = logging.getLogger("pyvpnkit.proxy")
 
-MAX_LOOKUPS: Final = 32
 LOOKUP_S: Final = 20.0
 CONNECT_S: Final = 60.0
 MAX_ADDRESSES: Final = 8
@@ -59,14 +58,7 @@ class Outside:
         self.own = {name.lower().rstrip("."): self._gateway for name in network.gateway_names}
         if self._alias is not None:
             self.own |= {name.lower().rstrip("."): self._alias for name in network.host_names}
-        self._threads: ThreadPoolExecutor | None = None
-        self._resolve = resolve if resolve is not None else self._getaddrinfo
-
-    def close(self) -> None:
-        """Look nothing up any more."""
-        if self._threads is not None:
-            self._threads.shutdown(wait=False, cancel_futures=True)
-            self._threads = None
+        self._resolve = resolve if resolve is not None else Names().look_up
 
     # What a host is.
 
@@ -93,14 +85,6 @@ class Outside:
         if not found:
             raise Refusal(503, f"Failed to lookup host: {host}")
         return found[:MAX_ADDRESSES]
-
-    async def _getaddrinfo(self, host: str) -> Sequence[bytes]:
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(MAX_LOOKUPS, "pyvpnkit-proxy-names")
-        found = await asyncio.get_running_loop().run_in_executor(
-            self._threads, lambda: socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-        )
-        return [socket.inet_pton(family, str(place[0]).partition("%")[0]) for family, _, _, _, place in found]
 
     async def judge(self, host: str, port: int, upstream: Upstream) -> None:
         """Before `host` is named to a proxy: what guests may not reach they may not reach through it. Raises `Refusal` 403.

@@ -29,9 +29,10 @@ from netstack.settings import Network
 from portfwd.watch import EVERY_S, Content, FileWatch
 from pyvpnkit.proxy.config import Config, NotJson, Upstream
 from pyvpnkit.proxy.connect import Sockets
-from pyvpnkit.proxy.conversation import IDLE_S, Conversation, pass_through
+from pyvpnkit.proxy.conversation import IDLE_S, Conversation
 from pyvpnkit.proxy.origin import Outside, Resolve
 from pyvpnkit.proxy.relay import Relay
+from pyvpnkit.proxy.through import pass_through
 
 log = logging.getLogger("pyvpnkit.proxy")
 
@@ -138,7 +139,6 @@ class HttpProxy:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.sleep(0)  # for `_over` of each
-        self.outside.close()
 
     # What it is told.
 

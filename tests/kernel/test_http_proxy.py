@@ -7,7 +7,6 @@ import os
 import socket
 import ssl
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -71,17 +70,11 @@ def office(shared: World) -> Iterator[Office]:
     host.run("sh", "-c", f"echo '{SERVER} www.corp.test' >>/etc/hosts")
     directory = shared.directory / "office"
     directory.mkdir()
-    environment = {"PROXY_FILE": str(directory / "http_proxy.json"), "PROXY_API": str(directory / "api.sock")}
     with web(host, SERVER, 80):
         daemon = shared.daemon(
             "--link",
             f"tap:netns={guest.name}",
-            wrap=[
-                "env",
-                *(f"{name}={value}" for name, value in environment.items()),
-                sys.executable,
-                str(Path(__file__).parents[1] / "support" / "proxied.py"),
-            ],
+            *("--http", str(directory / "http_proxy.json"), "--http-api-path", str(directory / "api.sock")),
         )
         guest.udhcpc()
         guest.run("sh", "-c", f"echo '{NOWHERE} www.corp.test' >>/etc/hosts")
