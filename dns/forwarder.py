@@ -22,7 +22,7 @@ queries on their way are asked again with their next try, under the new routes. 
 or rule that is gone fails instead: its name is not for the others.
 
 One loop timer serves all queries: it is set to the earliest deadline, and when it fires the at most `MAX_IN_FLIGHT` queries
-are looked through. HOT PATH: `ask` and `_readable`, once per query: one socket, one reader, no task. TCP, and servers with an
+are looked through. HOT PATH: `ask` and `_heard`, once per query: one socket, one reader, no task. TCP, and servers with an
 `Asker` of their own, cost a task each.
 """
 
@@ -36,11 +36,11 @@ from typing import Any, Final
 from dns import cache, codec
 from dns.cache import Cache
 from dns.inflight import CACHE, NOBODY, Answered, Asked, ServerState
-from dns.readers import Readers
-from dns.rules import Route, Routes, Rules
-from dns.servers import AskerFor, Resolvers, Server, Source
-from dns.stream_asker import StreamAsker
-from dns.upstream import RandomId, accept, open_udp, random_ids, worth
+from dns.known import PROBE_S, KnownServers
+from dns.rules import Route, Rules
+from dns.servers import AskerFor, Source
+from dns.tries import Tries
+from dns.upstream import RandomId, random_ids, worth
 from netstack.api import Clock
 from netstack.errors import HostError
 
@@ -49,10 +49,6 @@ TOTAL_S: Final = 4.8  # SERVFAIL must be back before the asker's own 5 s (resolv
 RETRY_S: Final = 1.0  # spec vpnkit 4.4; F12 wants the next server's answer within 2 s
 HOLD_S: Final = 1.0
 """How long "no such name" waits for a better answer of another server of the group."""
-PROBE_S: Final = 1.0
-MAX_SOCKETS: Final = 2048
-"""Open at once; queries are repeated while half of them are free, and beyond all of them one is as good as lost."""
-DATAGRAM: Final = 65535
 
 
 class Forwarder:
@@ -75,27 +71,21 @@ class Forwarder:
         total_s: float = TOTAL_S,
         retry_s: float = RETRY_S,
     ) -> None:
-        self._resolvers = resolvers
+        self._known = KnownServers(resolvers, rules, asker_for, self._start_anew)
         self._counters = counters
-        self._rules = rules
-        self._asker_for = asker_for
         self._clock = clock
         self._new_id = new_id or random_ids()
         self._max_in_flight = max_in_flight
         self._total_s = total_s
         self._retry_s = retry_s
         self.cache = Cache()
-        self._states: dict[Server, ServerState] = {}
-        self._routes: Routes[ServerState] = Routes(Rules(), Resolvers(), {})
-        self._seen: Resolvers | None = None
         self._asked: set[Asked] = set()
         self._flying: dict[bytes, Asked] = {}
         self._waiters = 0
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
-        self._buffer = memoryview(bytearray(DATAGRAM))
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._readers: Readers[Asked] | None = None
+        self._tries: Tries | None = None
 
     @property
     def in_flight(self) -> int:
@@ -104,13 +94,11 @@ class Forwarder:
 
     def upstreams(self) -> list[dict[str, Any]]:
         """Counters of each server that may be asked now."""
-        self._now_routes()
-        return [state.document() for state in self._states.values()]
+        return self._known.documents()
 
     def network_changed(self) -> None:
         """What servers did before says nothing, and answers may be others; what is on its way is asked again."""
-        for state in self._states.values():
-            state.offline, state.misses = False, 0
+        self._known.forgive()
         self._start_anew()
 
     def _start_anew(self) -> None:
@@ -132,39 +120,14 @@ class Forwarder:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._readers is not None:
-            self._readers.close()
-            self._readers = None
-        for state in self._states.values():
-            state.close()
-        self._states.clear()
-        self._seen = None
-
-    # Choosing
-
-    def _now_routes(self) -> Routes[ServerState]:
-        resolvers = self._resolvers()
-        if resolvers is self._seen:
-            return self._routes
-        if self._seen is None or resolvers != self._routes.resolvers:
-            self._take(resolvers)
-        self._seen = resolvers
-        return self._routes
-
-    def _take(self, resolvers: Resolvers) -> None:
-        servers = [server for rule in self._rules.rules for server in rule.servers]
-        wanted = dict.fromkeys((*servers, *resolvers.servers))
-        for server in [known for known in self._states if known not in wanted]:
-            self._states.pop(server).close()
-        for server in wanted:
-            if server not in self._states:
-                self._states[server] = ServerState(server, self._asker_for(server))
-        self._routes = Routes(self._rules, resolvers, self._states)
-        self._start_anew()
+        if self._tries is not None:
+            self._tries.close()
+            self._tries = None
+        self._known.close()
 
     def route(self, query: bytes, end: int) -> Route[ServerState]:
         """Where the name of a query leads now."""
-        return self._now_routes().find(query, end)
+        return self._known.routes().find(query, end)
 
     # Asking
 
@@ -175,7 +138,7 @@ class Forwarder:
 
         With `stream` it is asked over TCP, for a guest that came over TCP. `now` is of this moment, if the caller knows it.
         """
-        routes = self._routes if self._resolvers() is self._seen else self._now_routes()
+        routes = self._known.routes()
         if now is None:
             now = self._clock()
         key = cache.key(query, end)
@@ -236,9 +199,9 @@ class Forwarder:
             raise HostError("dns: the server was closed meanwhile") from None
 
     def _begin(self, asked: Asked, now: float) -> None:
-        if self._readers is None:
+        if self._tries is None:
             self._loop = self._loop or asyncio.get_running_loop()
-            self._readers = Readers(self._loop, self._readable)
+            self._tries = Tries(self._loop, self._counters, self._new_id, self._heard, self._failed)
         self._asked.add(asked)
         if asked.key is not None:
             self._flying[asked.key] = asked
@@ -286,39 +249,9 @@ class Forwarder:
 
     def _send(self, asked: Asked, state: ServerState, now: float) -> None:
         """Ask one server that is pending. When that is not possible it is pending no longer."""
-        assert self._loop is not None and self._readers is not None
-        if asked.stream or state.asker is not None:
-            if state not in asked.tasks.values():
-                state.asked += 1
-                task = self._loop.create_task(self._converse(asked, state, now))
-                asked.tasks = {**asked.tasks, task: state}
-            return
-        if len(self._readers) >= (MAX_SOCKETS // 2 if asked.tries else MAX_SOCKETS):
-            self._counters["socket_limit"] += 1
-            return
-        try:
-            sock = open_udp(state.server.upstream)
-        except OSError:  # no route, or no descriptor left
+        assert self._tries is not None
+        if not self._tries.send(asked, state, now):
             self._unreachable(asked, state)
-            return
-        query_id = self._new_id()
-        try:
-            sock.send(query_id + asked.query[2:])
-        except BlockingIOError:
-            pass  # as good as lost on the way
-        except OSError:
-            sock.close()
-            self._unreachable(asked, state)
-            return
-        state.asked += 1
-        fd = sock.fileno()
-        try:
-            self._readers.add(fd, asked)
-        except OSError:
-            sock.close()
-            self._unreachable(asked, state)
-            return
-        asked.tries[fd] = sock, query_id, state, now
 
     def _probe(self, asked: Asked, state: ServerState, now: float) -> None:
         """Find out whether a server is back, with a query that it would have been asked."""
@@ -338,46 +271,10 @@ class Forwarder:
 
     # Hearing
 
-    def _readable(self, asked: Asked, fd: int) -> None:
-        found = asked.tries.get(fd)
-        if found is None:
-            return
-        sock, query_id, state, sent_at = found
-        try:
-            octets = sock.recv_into(self._buffer)
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError:  # ICMP said that nobody listens there, or that it cannot be reached
-            self._close_tries(asked, state)
+    def _failed(self, asked: Asked, state: ServerState) -> None:
+        if state in self._known:  # else it was closed, and the next tick asks others
             self._unreachable(asked, state)
             self._settle(asked)
-            return
-        answer = accept(asked.query, asked.end, query_id, bytes(self._buffer[:octets]))
-        if answer is None:
-            self._counters["upstream_mismatch"] += 1
-            return
-        self._heard(asked, state, answer, sent_at)
-
-    async def _converse(self, asked: Asked, state: ServerState, sent_at: float) -> None:
-        """One question over a connection, or to an asker of another kind."""
-        asker = state.asker
-        if asker is None:
-            if state.stream is None:
-                state.stream = StreamAsker(state.server.upstream, self._new_id)
-            asker = state.stream
-        try:
-            answer = await asker.ask(asked.query, asked.end)
-        except HostError:
-            answer = b""
-        this = asyncio.current_task()
-        asked.tasks = {task: known for task, known in asked.tasks.items() if task is not this}
-        if asked not in self._asked or (not answer and state.server not in self._states):
-            return  # nobody waits any longer; or the server is gone, and the next tick asks others
-        if len(answer) < codec.HEADER:
-            self._unreachable(asked, state)
-            self._settle(asked)
-        else:
-            self._heard(asked, state, asked.query[:2] + answer[2:], sent_at)
 
     def _heard(self, asked: Asked, state: ServerState, answer: bytes, sent_at: float) -> None:
         now = self._clock()
@@ -391,7 +288,8 @@ class Forwarder:
         if found == 4 or (found and asked.route.sole is not None):
             self._finish(asked, answer, state.name, now)
             return
-        self._close_tries(asked, state)
+        assert self._tries is not None
+        self._tries.end(asked, state)
         _until, group = asked.pending.pop(state, (0.0, -1))
         if found > asked.worth or found == asked.worth == 0:
             asked.best, asked.best_by, asked.best_group, asked.worth = answer, state.name, group, found
@@ -417,26 +315,10 @@ class Forwarder:
 
     # Ending
 
-    def _close_tries(self, asked: Asked, state: ServerState) -> None:
-        for fd in [fd for fd, one in asked.tries.items() if one[2] is state]:
-            self._close_try(asked, fd)
-
-    def _close_try(self, asked: Asked, fd: int) -> None:
-        assert self._readers is not None
-        sock = asked.tries.pop(fd)[0]
-        self._readers.remove(fd)
-        sock.close()
-
     def _drop(self, asked: Asked) -> bool:
         """Let it go; whether it was the one that other askers of its question would have waited for."""
-        readers = self._readers
-        assert readers is not None
-        for fd, one in asked.tries.items():
-            readers.remove(fd)
-            one[0].close()
-        asked.tries.clear()
-        for task in asked.tasks:
-            task.cancel()
+        assert self._tries is not None
+        self._tries.drop(asked)
         if asked not in self._asked:
             return False
         self._asked.remove(asked)
@@ -485,8 +367,10 @@ class Forwarder:
 
     def _late(self, asked: Asked, now: float) -> None:
         """An answer has not come in time, or the network is another."""
+        assert self._tries is not None
         if not asked.moved:
-            self._missed(asked)
+            self._counters["upstream_timeout"] += len(asked.pending)
+            self._known.missed(asked.pending, now)
         asked.moved = False
         if asked.give_up_at <= now or asked.hold_at <= now:
             self._give_up(asked)
@@ -496,7 +380,7 @@ class Forwarder:
         for state, (until, _) in tuple(asked.pending.items()):
             if until <= now:
                 del asked.pending[state]
-                self._close_tries(asked, state)
+                self._tries.end(asked, state)
                 self._note(asked, state, "timeout", b"")
             else:
                 self._send(asked, state, now)
@@ -507,21 +391,11 @@ class Forwarder:
         else:
             self._give_up(asked)
 
-    def _missed(self, asked: Asked) -> None:
-        after = self._routes.resolvers.offline_after
-        for state in asked.pending:
-            self._counters["upstream_timeout"] += 1
-            state.timeouts += 1
-            state.misses += 1
-            if state.misses >= after and not state.offline:
-                state.offline = True
-                state.probe_at = self._clock() + PROBE_S
-
     def _still_right(self, asked: Asked) -> bool:
         """Follow the routes of now, if they are others since the query was asked; whether it can go on as it was."""
         if not asked.waiting:  # a probe
             return True
-        route = self._now_routes().find(asked.query, asked.end)
+        route = self._known.routes().find(asked.query, asked.end)
         if route.groups == asked.route.groups:
             asked.route = route
             return True
@@ -533,11 +407,8 @@ class Forwarder:
         if asked.route.private and not route.private:
             self._give_up(asked)
             return False
-        for fd in tuple(asked.tries):
-            self._close_try(asked, fd)
-        for task in asked.tasks:
-            task.cancel()
-        asked.tasks = {}
+        assert self._tries is not None
+        self._tries.drop(asked)
         asked.pending.clear()
         asked.route, asked.group, asked.desperate = route, -1, False
         asked.best, asked.best_by, asked.worth = None, NOBODY, -1

@@ -14,8 +14,7 @@ from dnslib import EDNS0, QTYPE, RR, A, DNSHeader, DNSRecord
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dns import codec
-from dns import forwarder as forwarding
+from dns import codec, tries
 from dns.forwarder import Forwarder
 from dns.server import Server
 from dns.servers import OFFLINE_AFTER, Resolvers, Upstream
@@ -334,7 +333,7 @@ async def test_ten_thousand_queries_leave_no_descriptor_behind() -> None:
 
 
 async def test_repetitions_use_no_more_sockets_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:  # G23
-    monkeypatch.setattr(forwarding, "MAX_SOCKETS", 40)
+    monkeypatch.setattr(tries, "MAX_SOCKETS", 40)
     async with upstream(mute) as dead:
         forwarder, counters = quick(dead.spec, retry_s=0.02, total_s=0.5)
         before = len(os.listdir("/dev/fd"))

@@ -11,7 +11,7 @@ from unittest import mock
 
 import dnslib
 
-from dns import codec, forwarder
+from dns import codec, tries
 from dns.server import Server
 from dns.system import Upstream
 from dns.upstream import accept
@@ -191,8 +191,8 @@ def _relayed(rng: random.Random) -> None:
     servers = rng.choice([["192.0.2.1"], ["192.0.2.1", "192.0.2.2"]])
     resolver, readers = Resolver(), Readers()
     with (
-        mock.patch.object(forwarder, "open_udp", resolver.open),
-        mock.patch.object(forwarder, "Readers", readers),
+        mock.patch.object(tries, "open_udp", resolver.open),
+        mock.patch.object(tries, "Readers", readers),
     ):
         server = _server(upstreams=servers)
         server._forwarder._loop = Loop()  # type: ignore[assignment]
@@ -287,7 +287,7 @@ async def _stream(rng: random.Random) -> None:
 
         def close(self) -> None: ...
 
-    with mock.patch.object(forwarder, "StreamAsker", Asker):
+    with mock.patch.object(tries, "StreamAsker", Asker):
         server = _server(upstreams=["192.0.2.1"])
         for asked in messages(said):
             own, end, _by = server._own_answer(asked)
