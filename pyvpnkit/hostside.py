@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from dns.zones import Zones
     from pyvpnkit.proxy.service import HttpProxy
 
-_SOURCE: Final = ("source", "file", "resolv_conf")
+_SOURCE: Final = ("resolvers", "file", "resolv_conf")
 """Settings that decide where resolvers come from."""
 
 

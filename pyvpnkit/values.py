@@ -109,7 +109,7 @@ def _free_subnet() -> str:
     """The same for as long as this process runs."""
     from pyvpnkit.hostnet import routes  # where it is used: it asks the kernel
 
-    return routes.free_subnet(routes.snapshot().routes)
+    return routes.auto_subnet()
 
 
 def subnet(text: str) -> str:

@@ -10,12 +10,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import select
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.netns import ROOT, Daemon, Namespace, World, require, wait_until
+from tests.support.netns import Daemon, Namespace, World, require, wait_until
 from tests.support.webhost import MB, content, digest, read_all, serve, web
 
 pytestmark = pytest.mark.netns
@@ -68,22 +66,23 @@ class Far:
     daemon: Daemon
     path: Path
     programs: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
-    number: int = 1
 
     def use(self, *rules: str, **options: str) -> None:
-        """The rules from here on."""
-        new = self.path.with_suffix(".new")
-        document = json.dumps({"rules": rules, **options})
-        if self.path.exists() and self.path.read_text() == document:
+        """The rules from here on: the settings file is another, and the daemon is told so."""
+        lines = ["way_out:", *(f"- {json.dumps(rule)}" for rule in rules)]
+        lines += [f"way_out_{name}: {value}" for name, value in options.items()]
+        document = "\n".join(lines) + "\n"
+        if self.path.read_text() == document:
             return
-        new.write_text(document)
-        os.replace(new, self.path)
-        self.number += 1
-        self.daemon.wait_said(f"ways out {self.number}: ")
+        self.path.write_text(document)
+        before = self.daemon.said().count("reloaded")
+        self.daemon.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: self.daemon.said().count("reloaded") > before, why=self.daemon.said)
 
     def status(self) -> dict[str, object]:
-        said = self.daemon.said().rpartition("ways out ")[2].partition(": ")[2].splitlines()[0]
-        found = json.loads(said)
+        """As the control API has it."""
+        words = ["curl", "-sS", "--unix-socket", str(self.path.with_name("control.sock")), "http://x/v1/status"]
+        found = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)["host"]["way_out"]
         assert isinstance(found, dict)
         return found
 
@@ -120,16 +119,10 @@ def far(shared: World) -> Iterator[Far]:
     require("curl", "microsocks", "danted", "tinyproxy", "tcpdump")
     guest, elsewhere, directory = shared.namespace(), shared.namespace("far"), shared.directory
     _join(shared.host, elsewhere)
-    path = directory / "ways.json"
-    path.write_text('{"rules": ["* -> refuse"]}')
-    wrap = [
-        "env",
-        f"PYTHONPATH={ROOT}",
-        sys.executable,
-        str(ROOT / "tests" / "support" / "way_out_daemon.py"),
-        str(path),
-    ]
-    daemon = shared.daemon("--link", f"tap:netns={guest.name}", wrap=wrap)
+    path = directory / "settings.yaml"
+    path.write_text('way_out:\n- "* -> refuse"\n')
+    options = ["--config", str(path), "--control-socket", str(directory / "control.sock")]
+    daemon = shared.daemon("--link", f"tap:netns={guest.name}", *options)
     guest.udhcpc()
     made = Far(shared, guest, shared.host, elsewhere, daemon, path)
     _start_proxies(made, directory)
