@@ -117,6 +117,9 @@ def _requirements() -> tuple[Requirement, ...]:
         need(tap, case, "gbit_s", at_least=1.0, reference="pasta")
         need(tap, case, "gbit_s", at_least=2.0, reference="slirp4netns")
         need(tap, case, "gbit_s", at_least=1.0, reference="slirp4netns-65520")
+    for case, rate in (("dns", 8000.0), ("dns_cache", 10_000.0)):
+        need(tap, case, "per_s", at_least=rate)
+        need(tap, case, "p99_us", at_most=15_000.0)
     need(tap, "idle", "rss_mib", at_most=60.0)
     need(tap, "idle", "cpu_pct", at_most=0.2)  # "0 %": one tick of the kernel's account in five seconds
     need(tap, "startup", "offer_s", at_most=0.5)

@@ -39,7 +39,7 @@ def resolver(shared: World) -> Iterator[Resolver]:
     words += ["--srv-host=_sip._tcp.example,sip.example,5060,1,2", "--cname=alias.example,web.example"]
     shared.host.start(*words)
     guest = shared.namespace()
-    daemon = shared.daemon("--link", f"tap:netns={guest.name}")
+    daemon = shared.daemon("--link", f"tap:netns={guest.name}", "--dns-aaaa", "on")
     guest.udhcpc()
     wait_until(lambda: "203.0.113.5" in _dig(guest, "+tries=1", "+time=1", "web.example"))
     yield Resolver(guest, daemon, hosts, resolv_conf)
