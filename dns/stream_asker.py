@@ -51,6 +51,7 @@ class _Connection(asyncio.Protocol):
         self._used_at = self._heard_at = self._loop.time()
         self._idle: asyncio.TimerHandle | None = None
         self.answered = False
+        self.renewed = False
         self.why = ""
         self._opening = self._loop.create_task(self._establish(context, name))
 
@@ -61,7 +62,7 @@ class _Connection(asyncio.Protocol):
                 sock = await connect(self._upstream)
                 await self._loop.create_connection(lambda: self, sock=sock, ssl=context, server_hostname=name)
         except (OSError, TimeoutError) as error:  # ssl's errors are OSErrors
-            self._end("connecting took too long" if isinstance(error, TimeoutError) else str(error))
+            self.end("connecting took too long" if isinstance(error, TimeoutError) else str(error))
         finally:
             if sock is not None and self._transport is None:
                 sock.close()
@@ -123,7 +124,7 @@ class _Connection(asyncio.Protocol):
         del received[:at]
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._end(str(exc) if exc is not None else "it closed the connection")
+        self.end(str(exc) if exc is not None else "it closed the connection")
 
     # Inside
 
@@ -142,11 +143,12 @@ class _Connection(asyncio.Protocol):
         left_s = self._used_at + self._idle_s - self._loop.time()
         if left_s <= 0 and not self._asked:
             self._idle = None
-            self._end("idle")
+            self.end("idle")
         else:
             self._idle = self._loop.call_later(max(left_s, self._idle_s / 2), self._look)
 
-    def _end(self, why: str) -> None:
+    def end(self, why: str) -> None:
+        """It is over; whoever waits has an empty answer."""
         self.why = self.why or why
         if self._idle is not None:
             self._idle.cancel()
@@ -159,7 +161,7 @@ class _Connection(asyncio.Protocol):
 
     def close(self) -> None:
         self._opening.cancel()
-        self._end("the server is not wanted any more")
+        self.end("the server is not wanted any more")
 
 
 class StreamAsker:
@@ -194,12 +196,16 @@ class StreamAsker:
                     await asyncio.wait((future,), timeout=STALL_S)
                     if not future.done() and not connection.oldest(query_id) and self._held_up(connection):
                         break
+            except asyncio.CancelledError:  # the time of the query is over, and perhaps a VPN that led there is gone
+                if connection.stalled():
+                    connection.end("it did not answer")
+                raise
             finally:
                 connection.forget(query_id)
             if future.done():
                 if answer := future.result():
                     return answer
-                if not connection.answered:
+                if not (connection.answered or connection.renewed):
                     raise HostError(f"dns: {self._upstream}: {connection.why}")
         raise HostError(f"dns: {self._upstream} is not asked any more")
 
@@ -218,6 +224,12 @@ class StreamAsker:
         """Whether a question is better asked over another connection."""
         others = [one for one in self._open if one is not connection]
         return connection.stalled() and (len(others) + 1 < MAX_CONNECTIONS or any(not one.stalled() for one in others))
+
+    def renew(self) -> None:
+        """The network changed: ask again, over another connection."""
+        for connection in self._open:
+            connection.renewed = True
+            connection.end("the network changed")
 
     def close(self) -> None:
         self._closed = True

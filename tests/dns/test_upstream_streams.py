@@ -245,6 +245,52 @@ async def test_a_server_that_reads_nothing_is_not_asked_without_end() -> None:  
         made.ended.set()
 
 
+async def test_a_connection_that_leads_nowhere_any_more_is_left_with_the_first_question_that_times_out() -> None:
+    dead = asyncio.Event()
+
+    async def goes_silent(made: Resolver, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        first = made.connections == 1
+        while True:
+            message = await read_framed(reader)
+            if not (first and dead.is_set()):
+                writer.write(framed(a_reply(message, "10.0.0.1")))
+
+    async with resolver(goes_silent) as made:
+        asker = StreamAsker(made.upstream, random_ids())
+        await look_up(asker, "a.example")
+        dead.set()
+        message = query("b.example")
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(1):
+                await asker.ask(message, codec.question_end(message))
+        assert parse(await look_up(asker, "c.example")).rr
+        assert made.connections == 2
+        asker.close()
+
+
+async def test_a_change_of_the_network_asks_again_over_another_connection() -> None:  # F11
+    async def mute_at_first(made: Resolver, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        first = made.connections == 1
+        while True:
+            message = await read_framed(reader)
+            made.asked.append(message)
+            made.begun.set()
+            if not first:
+                writer.write(framed(a_reply(message, "10.0.0.1")))
+
+    async with resolver(mute_at_first) as made:
+        resolvers = Resolvers(servers=(Known(made.upstream),))
+        server = Server(hosts_path=None, source=lambda: resolvers)
+        message = query("a.example")
+        answer = asyncio.ensure_future(server._forwarder.ask_stream(message, codec.question_end(message)))
+        await made.begun.wait()
+        server.network_changed()
+        async with asyncio.timeout(3):
+            assert parse((await answer)[0]).rr
+        assert made.connections == 2
+        server.close()
+
+
 async def test_close_while_connecting_and_asking_leaves_nothing_behind() -> None:
     async with resolver(one_after_the_other) as made:
         first = StreamAsker(made.upstream, random_ids())
