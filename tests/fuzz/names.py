@@ -226,6 +226,13 @@ def _relayed(rng: random.Random) -> None:
                     assert any(_truncated(answer, one) for one in whole)
                 elif answer[6:12] != bytes(6):  # with records, so not ours
                     assert answer[2:] in [one[2:] for one in said] or len(said[-1]) == codec.HEADER
+        if answers:  # again, under another id: what is remembered is the same answer, but for times to live
+            again = rng.randbytes(2) + asked[2:]
+            more: list[bytes] = []
+            server.datagram(again, SOURCE, more.append)
+            for answer in more:
+                _fits(again, answer)
+                assert len(answer) == len(answers[0])
         server.close()
         assert not readers.owners
 
