@@ -70,7 +70,7 @@ def parse_ifconfig(text: str) -> tuple[set[bytes], dict[str, int]]:
         if family is not None:
             try:
                 addresses.add(socket.inet_pton(family, rest.split()[0].partition("%")[0]))
-            except (OSError, IndexError):
+            except (OSError, ValueError, IndexError):  # ValueError: a NUL in it
                 continue
     return addresses, mtus
 
