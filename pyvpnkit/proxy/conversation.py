@@ -31,7 +31,7 @@ from pyvpnkit.proxy.config import Config, Upstream
 from pyvpnkit.proxy.errors import Gone, Refusal
 from pyvpnkit.proxy.http1 import Headers, Place, Wire, has_body, passed_on, target_of, values
 from pyvpnkit.proxy.pages import page, reason
-from pyvpnkit.proxy.relay import Relay
+from pyvpnkit.proxy.relay import Relay, unless_gone
 from pyvpnkit.proxy.through import FAULTS, ask_tunnel
 
 if TYPE_CHECKING:
@@ -208,7 +208,8 @@ class Conversation:
         server, _ = await self._to(route)
         self._house.counters["tunnels"] += 1
         if route.upstream is not None:
-            answer = await ask_tunnel(server, place, route.upstream, passed_on(request.headers, b"host"))
+            with unless_gone(self._guest.sock, self._left):
+                answer = await ask_tunnel(server, place, route.upstream, passed_on(request.headers, b"host"))
             if not 200 <= answer.status_code < 300:
                 self._no_credentials_wanted(answer, route.upstream)
                 try:

@@ -13,13 +13,14 @@ import asyncio
 import contextlib
 import select
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final
 
 BUFFER: Final = 64 << 10
 _TURNS: Final = 4
 """Reads of one direction before the loop has its turn."""
 _LOOK_S: Final = 5.0
+GONE_S: Final = 1.0
 
 
 def hung_up(sock: socket.socket) -> bool:
@@ -27,6 +28,25 @@ def hung_up(sock: socket.socket) -> bool:
     poll = select.poll()
     poll.register(sock.fileno(), 0)
     return bool(poll.poll(0))
+
+
+@contextlib.contextmanager
+def unless_gone(sock: socket.socket, gone: Callable[[], object]) -> Iterator[None]:
+    """Meanwhile look at `sock` now and then without reading from it, and call `gone` once when its other end is gone."""
+    loop = asyncio.get_running_loop()
+
+    def look() -> None:
+        nonlocal timer
+        if hung_up(sock):
+            gone()
+        else:
+            timer = loop.call_later(GONE_S, look)
+
+    timer = loop.call_later(GONE_S, look)
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class _Way:

@@ -13,7 +13,7 @@ from netstack.api import Endpoint
 from pyvpnkit.proxy.config import Upstream
 from pyvpnkit.proxy.errors import Refusal
 from pyvpnkit.proxy.http1 import Headers, Place, Wire
-from pyvpnkit.proxy.relay import Relay
+from pyvpnkit.proxy.relay import Relay, unless_gone
 
 if TYPE_CHECKING:
     from pyvpnkit.proxy.service import HttpProxy
@@ -54,8 +54,11 @@ async def pass_through(house: HttpProxy, sock: socket.socket, destination: Endpo
     server: Wire | None = None
     try:
         place = Place(destination.text, destination.port)
-        server = Wire(await house.outside.proxy(upstream), h11.CLIENT)
-        answer = await ask_tunnel(server, place, upstream, [])
+        task = asyncio.current_task()
+        assert task is not None
+        with unless_gone(sock, task.cancel):
+            server = Wire(await house.outside.proxy(upstream), h11.CLIENT)
+            answer = await ask_tunnel(server, place, upstream, [])
         if not 200 <= answer.status_code < 300:
             raise Refusal(answer.status_code, f"HTTP proxy {upstream} refuses {place.full}: {answer.status_code}")
         relay = Relay(sock, server.sock, to_one=server.h11.trailing_data[0])

@@ -141,3 +141,30 @@ async def test_who_leaves_after_the_last_word_frees_a_server_that_thinks(
     guest.close()
     async with asyncio.timeout(20):
         await freed.wait()
+
+
+async def test_who_leaves_while_another_proxy_thinks_about_connect_frees_it(
+    house: House, proxy: Make, server: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay, "GONE_S", 0.01)
+    asked, freed = asyncio.Event(), asyncio.Event()
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        asked.set()
+        await reader.read()
+        freed.set()
+
+    proxy({"https": f"127.0.0.1:{await server(script)}"})
+    for address, port, words in (
+        ("203.0.113.1", 443, b"client hello"),
+        ("192.168.65.1", 3129, b"CONNECT a.test:443 HTTP/1.1\r\nHost: a\r\n\r\n"),
+    ):
+        guest = house.connect(port, address)
+        await guest.send(words)
+        await asked.wait()
+        guest.close()
+        async with asyncio.timeout(20):
+            await freed.wait()
+        asked.clear()
+        freed.clear()
