@@ -34,6 +34,7 @@ def hung_up(sock: socket.socket) -> bool:
 def unless_gone(sock: socket.socket, gone: Callable[[], object]) -> Iterator[None]:
     """Meanwhile look at `sock` now and then without reading from it, and call `gone` once when its other end is gone."""
     loop = asyncio.get_running_loop()
+    timer: asyncio.TimerHandle | None = None
 
     def look() -> None:
         nonlocal timer
@@ -46,7 +47,8 @@ def unless_gone(sock: socket.socket, gone: Callable[[], object]) -> Iterator[Non
     try:
         yield
     finally:
-        timer.cancel()
+        if timer is not None:
+            timer.cancel()
 
 
 class _Way:
