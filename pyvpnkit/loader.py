@@ -202,9 +202,16 @@ class _Reader:
     def _mapping(self, option: Option, node: Node) -> dict[Any, Any]:
         pairs: list[tuple[Any, Any]] = []
         for key, key_node, value in self._items(node, option.key):
-            text = value.value if value.id == "scalar" else ""
+            text = _words(value)
             pairs += self._each(option, key_node, f"{key}={text}")
         return dict(pairs)
+
+
+def _words(node: Node) -> str:
+    """A scalar's text, or those of a sequence with blanks between."""
+    if node.id == "sequence" and all(item.id == "scalar" for item in node.value):
+        return " ".join(item.value for item in node.value)
+    return node.value if node.id == "scalar" else ""
 
 
 def _build(given: Mapping[str, Given], complaints: list[str]) -> Settings:

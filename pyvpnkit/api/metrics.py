@@ -13,6 +13,10 @@ _NAME: Final = re.compile(r"[^a-zA-Z0-9_]")
 Labels = Mapping[str, str]
 
 
+_GAUGES: Final = frozenset({"cache_entries", "cache_octets", "in_flight"})
+"""Numbers of this moment among those of the services."""
+
+
 class Page:
     """The lines of one scrape, samples of a name together under its type."""
 
@@ -71,6 +75,6 @@ def render(status: Mapping[str, Any], forwards: Sequence[Mapping[str, Any]]) -> 
     for part in ("dns", "ntp", "control"):
         for name, value in status.get(part, {}).items():
             if isinstance(value, int):
-                kind = "gauge" if name.startswith("open_") else "counter"
+                kind = "gauge" if name.startswith("open_") or name in _GAUGES else "counter"
                 page.add(f"{part}_{name}", kind, f"Of the {part} server.", value)
     return str(page)

@@ -31,6 +31,17 @@ def _open(sockets: Sockets, family: int) -> socket.socket:
     return sock
 
 
+def is_here(address: bytes) -> bool:
+    """Whether this host has the address."""
+    family = socket.AF_INET if len(address) == 4 else socket.AF_INET6
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as sock:
+            sock.bind((socket.inet_ntop(family, address), 0))
+    except OSError:
+        return False
+    return True
+
+
 async def connect(sockets: Sockets, to: Endpoint) -> socket.socket:
     """A TCP connection. Raises `OSError`."""
     sock = _open(sockets, socket.AF_INET if len(to.address) == 4 else socket.AF_INET6)

@@ -31,7 +31,7 @@ from netstack.policy.egress import ALLOW, LOOPBACK, Answer, Decision, Deny, Egre
 from netstack.policy.ways_out import Outward
 from netstack.settings import Network
 from pyvpnkit.proxy.config import Upstream
-from pyvpnkit.proxy.connect import Sockets, agree, connect, through_program
+from pyvpnkit.proxy.connect import Sockets, agree, connect, is_here, through_program
 from pyvpnkit.proxy.errors import Refusal
 from pyvpnkit.proxy.names import Names
 from pyvpnkit.proxy.patterns import literal
@@ -39,6 +39,13 @@ from pyvpnkit.proxy.patterns import literal
 log = logging.getLogger("pyvpnkit.proxy")
 
 LOOKUP_S: Final = 20.0
+JUDGE_S: Final = 2.0
+"""For a name that only the proxy may know: in many such networks the host's resolver knows no names outside."""
+UNKNOWN_S: Final = 60.0
+MAX_UNKNOWN: Final = 1024
+HERE_S: Final = 5.0
+"""How long it is believed that a proxy is on this host, or is not."""
+_FEW: Final = 8
 CONNECT_S: Final = 60.0
 MAX_ADDRESSES: Final = 8
 _TCP: Final = 6
@@ -55,6 +62,9 @@ class Outside:
         self._sockets = sockets
         self._alias = network.host_alias_bytes
         self._gateway = network.gateway_bytes
+        self._here: dict[Upstream, tuple[float, bool]] = {}
+        self._unknown: dict[str, float] = {}
+        """Names that the host's resolver did not know, and until when that is believed."""
         self.own = {name.lower().rstrip("."): self._gateway for name in network.gateway_names}
         if self._alias is not None:
             self.own |= {name.lower().rstrip("."): self._alias for name in network.host_names}
@@ -90,17 +100,15 @@ class Outside:
         """Before `host` is named to a proxy: what guests may not reach they may not reach through it. Raises `Refusal` 403.
 
         An address is judged whatever its spelling. Names are the proxy's to look up, in the network it is in; where that is
-        this host, they are looked up here too, for its loopback is ours.
+        this host, they are looked up here too, for its loopback is ours. (Whose name server answers the two of us differently
+        is seen by that proxy alone, which should itself refuse its own host to others.)
         """
         if literal(host) is not None:
             found: Sequence[bytes] = (literal(host).packed,)  # type: ignore[union-attr]
         elif host.lower().rstrip(".").rpartition(".")[2] == "localhost":
             found = (LOOPBACK,)
-        elif await self._is_local(upstream):
-            try:
-                found = await self.addresses(host)
-            except Refusal:
-                return  # known to the proxy, or to nobody
+        elif await self._is_here(upstream):
+            found = await self._known_here(host)
         else:
             return
         for address in found:
@@ -108,12 +116,33 @@ class Outside:
             if isinstance(decision, Deny):
                 raise Refusal(403, f"{host}: {decision.reason}")
 
-    async def _is_local(self, upstream: Upstream) -> bool:
+    async def _is_here(self, upstream: Upstream) -> bool:
+        """Whether a proxy is on this host."""
+        now = asyncio.get_running_loop().time()
+        until, here = self._here.get(upstream, (0.0, False))
+        if now >= until:
+            try:
+                here = any(is_here(self._meant(each)) for each in await self.addresses(self._local(upstream.host)))
+            except Refusal:
+                here = False
+            if len(self._here) >= _FEW:
+                self._here.clear()
+            self._here[upstream] = now + HERE_S, here
+        return here
+
+    async def _known_here(self, host: str) -> Sequence[bytes]:
+        """The addresses of a name, as far as the host's resolver soon knows any; else it is the proxy's alone."""
+        now = asyncio.get_running_loop().time()
+        if self._unknown.get(host, 0.0) > now:
+            return ()
         try:
-            return any(self._meant(found)[:1] == b"\x7f" or found == bytes(15) + b"\1"
-                       for found in await self.addresses(self._local(upstream.host)))  # fmt: skip
-        except Refusal:
-            return False
+            async with asyncio.timeout(JUDGE_S):
+                return await self.addresses(host)
+        except (Refusal, TimeoutError):
+            if len(self._unknown) >= MAX_UNKNOWN:
+                self._unknown.clear()
+            self._unknown[host] = now + UNKNOWN_S
+            return ()
 
     @staticmethod
     def _local(host: str) -> str:

@@ -62,7 +62,9 @@ def test_what_is_not_wanted_goes_its_own_way(d: Drill, interceptor: Interceptor)
     assert flow.sock is not None and flow.sock.remote == (WEB, 80)
 
 
-@pytest.mark.parametrize("address", ["169.254.169.254", "192.168.65.77", "192.168.65.1", "168.63.129.16", "100.100.100.200"])
+@pytest.mark.parametrize(
+    "address", ["169.254.169.254", "192.168.65.77", "192.168.65.1", "168.63.129.16", "100.100.100.200"]
+)
 def test_what_is_refused_stays_refused(d: Drill, interceptor: Interceptor, address: str) -> None:
     flow = d.flow((address, 80))
     d.syn(flow)

@@ -105,6 +105,37 @@ async def test_a_name_that_leads_there_gets_nowhere(
 
 
 @strict
+async def test_names_that_only_the_other_proxy_knows_do_not_wait_for_long(
+    house: House, proxy: Make, server: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = 0
+
+    async def never(name: str) -> list[bytes]:
+        nonlocal asked
+        asked += 1
+        await asyncio.Event().wait()
+        return []
+
+    monkeypatch.setattr(origin, "JUDGE_S", 0.05)
+    proxy({"http": f"127.0.0.1:{await server(echo([]))}"}, resolve=never)
+    guest = house.connect()
+    for _ in range(3):
+        assert (await guest.ask("GET http://far.test/ HTTP/1.1", "Host: x"))[0] == 200
+    assert asked == 1
+
+
+@strict
+async def test_names_are_not_looked_up_for_a_proxy_elsewhere(house: House, proxy: Make) -> None:
+    house.names["proxy.test"] = ["203.0.113.99"]
+    way = OutwardProxy("http", "127.0.0.1", 1)
+    house.egress.ways_out.replace([WayOutRule(None, "", 0, way)])  # so that nobody outside is connected to
+    proxy({"http": "proxy.test:3128"})
+    status, _, body = await house.connect().ask("GET http://far.test/ HTTP/1.1", "Host: x")
+    assert status == 503 and b"unable to connect to HTTP proxy 203.0.113.99:3128" in body
+    assert set(house.asked) == {"proxy.test"}
+
+
+@strict
 async def test_of_several_addresses_those_that_are_refused_are_left_out(
     house: House, proxy: Make, inside: list[bytes]
 ) -> None:
