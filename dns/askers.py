@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from dns import codec
 from dns.forwarder import Forwarder
 from dns.host_mode import HostMode
 from dns.servers import HOST, Asker, AskerFor, Server, Source
+from dns.stream_asker import Connect, StreamAsker
 
 if TYPE_CHECKING:
     from dns.tls import Certificates
@@ -31,9 +34,14 @@ class Relay:
 
 
 def askers(
-    others: Source | None = None, *, cafile: str | None = None, counters: Counter[str] | None = None
+    others: Source | None = None,
+    *,
+    cafile: str | None = None,
+    counters: Counter[str] | None = None,
+    way_to: Callable[[Server], Connect | None] = lambda server: None,
 ) -> AskerFor:
-    """Servers with a name for TLS are asked over it, and `servers.HOST` is getaddrinfo(3).
+    """Servers with a name for TLS are asked over it, and `servers.HOST` is getaddrinfo(3). Those that `way_to` knows another way
+    to (a proxy) are asked over TCP by that way.
 
     `others` says whom to ask what getaddrinfo cannot be asked (`HostResolvers.resolv_conf`). `cafile` has the authorities to trust
     instead of the host's. `counters` takes those of `HostMode`.
@@ -43,12 +51,15 @@ def askers(
     def asker_for(server: Server) -> Asker | None:
         if server.upstream == HOST:
             return HostMode(counters, other=None if others is None else Relay(others))
+        connect = way_to(server)
         if not server.tls:
-            return None
+            if connect is None:
+                return None
+            return StreamAsker(server.upstream, lambda: os.urandom(2), connect=connect)
         from dns.tls import Certificates, TlsAsker  # ssl is large, and few ask over TLS
 
         if not made:
             made.append(Certificates(cafile))
-        return TlsAsker(server, made[0])
+        return TlsAsker(server, made[0], connect=connect)
 
     return asker_for

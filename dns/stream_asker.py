@@ -19,7 +19,8 @@ import os
 import socket
 import ssl
 import struct
-from typing import Final, cast
+from collections.abc import Awaitable, Callable
+from typing import Final, TypeAlias, cast
 
 from dns.servers import Upstream
 from dns.upstream import RandomId, accept
@@ -37,11 +38,18 @@ MAX_CONNECTIONS: Final = 4
 _length = struct.Struct("!H")
 
 
+Connect: TypeAlias = Callable[[Upstream], Awaitable[socket.socket]]
+"""A connected, non-blocking stream socket to a server. Raises `OSError` or `HostError`."""
+
+
 class _Connection(asyncio.Protocol):
     """One connection, from the moment it is wanted. `why` is empty until it has ended."""
 
-    def __init__(self, upstream: Upstream, context: ssl.SSLContext | None, name: str | None, idle_s: float) -> None:
+    def __init__(
+        self, upstream: Upstream, context: ssl.SSLContext | None, name: str | None, idle_s: float, connect: Connect
+    ) -> None:
         self._upstream = upstream
+        self._connect = connect
         self._idle_s = idle_s
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
@@ -59,9 +67,9 @@ class _Connection(asyncio.Protocol):
         sock: socket.socket | None = None
         try:
             async with asyncio.timeout(CONNECT_S):
-                sock = await connect(self._upstream)
+                sock = await self._connect(self._upstream)
                 await self._loop.create_connection(lambda: self, sock=sock, ssl=context, server_hostname=name)
-        except (OSError, TimeoutError) as error:  # ssl's errors are OSErrors
+        except (OSError, TimeoutError, HostError) as error:  # ssl's errors are OSErrors
             self.end("connecting took too long" if isinstance(error, TimeoutError) else str(error))
         finally:
             if sock is not None and self._transport is None:
@@ -165,7 +173,10 @@ class _Connection(asyncio.Protocol):
 
 
 class StreamAsker:
-    """A `dns.servers.Asker` over TCP, or over TLS with a `context` and the `name` that the certificate must have."""
+    """A `dns.servers.Asker` over TCP, or over TLS with a `context` and the `name` that the certificate must have.
+
+    `connect` makes the connections where the host's own sockets are not to be used.
+    """
 
     def __init__(
         self,
@@ -175,7 +186,9 @@ class StreamAsker:
         context: ssl.SSLContext | None = None,
         name: str | None = None,
         idle_s: float = IDLE_S,
+        connect: Connect | None = None,
     ) -> None:
+        self._connect = connect if connect is not None else direct
         self._upstream = upstream
         self._new_id = new_id
         self._context = context
@@ -216,7 +229,7 @@ class StreamAsker:
                 return connection
         if len(self._open) >= MAX_CONNECTIONS:
             return self._open[-1]
-        self._open.append(_Connection(self._upstream, self._context, self._name, self._idle_s))
+        self._open.append(_Connection(self._upstream, self._context, self._name, self._idle_s, self._connect))
         self.connections += 1
         return self._open[-1]
 
@@ -237,7 +250,7 @@ class StreamAsker:
             connection.close()
 
 
-async def connect(upstream: Upstream) -> socket.socket:
+async def direct(upstream: Upstream) -> socket.socket:
     """A non-blocking TCP socket connected to `upstream`. Raises `OSError`."""
     # The loop's own sock_connect may look numeric addresses up and lose the scope of a link-local one.
     loop = asyncio.get_running_loop()

@@ -13,7 +13,7 @@ import os
 import ssl
 
 from dns.servers import ANY_NAME, Server
-from dns.stream_asker import IDLE_S, StreamAsker
+from dns.stream_asker import IDLE_S, Connect, StreamAsker
 from dns.upstream import RandomId
 from netstack.errors import HostError
 
@@ -58,7 +58,9 @@ class TlsAsker:
         *,
         idle_s: float = IDLE_S,
         new_id: RandomId = lambda: os.urandom(2),
+        connect: Connect | None = None,
     ) -> None:
+        self._connect = connect
         assert server.tls, "a server to be asked over TLS"
         self._server = server
         self._name: str = server.tls
@@ -79,6 +81,7 @@ class TlsAsker:
                     context=context,
                     name=self._name if strict else self._server.upstream.address,
                     idle_s=self._idle_s,
+                    connect=self._connect,
                 )
                 if self._closed:
                     self._stream.close()

@@ -51,6 +51,9 @@ class DnsSettings:
     file: str | None = None
     """A file of resolvers in VPNKit's form (`nameserver IP#PORT`, `zone`, `order`, `timeout`, `search`), followed while it
     changes; it may come later."""
+    records: Mapping[str, str] = field(default_factory=dict)
+    """Addresses of names that are answered here: `www.corp.example: 10.0.0.5`, `"*.apps.example": 192.168.65.3`. Other names of
+    the same domain are asked for elsewhere."""
     rules: Mapping[str, str] = field(default_factory=dict)
     """Servers for a domain and all names below it, before all others: `corp.example: 10.0.0.53 10.0.0.54`, or `refuse`."""
     aaaa: str = "auto"
@@ -354,6 +357,16 @@ OPTIONS: Final[tuple[Option, ...]] = (
     _option("dns.tls_ca", "--dns-tls-ca", "FILE", values.or_off(values.text), "/etc/ssl/corp.pem", reload=True),
     _option("dns.resolvers", "--dns-resolvers", "WHAT", values.one_of(*DNS_SOURCES), "resolved", reload=True),
     _option("dns.file", "--dns --dns-file", "FILE", values.or_off(values.text), "/run/vm/resolv.conf", reload=True),
+    _option(
+        "dns.records",
+        "--dns-record",
+        "NAME=IP",
+        values.addresses,
+        "www.corp.example=10.0.0.5",
+        pairs=True,
+        reload=True,
+        parse_key=values.record_name,
+    ),
     _option(
         "dns.rules",
         "--dns-rule",

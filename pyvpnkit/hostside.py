@@ -11,7 +11,9 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
+import socket
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,9 +21,12 @@ from dns.askers import askers
 from dns.follow import HostResolvers
 from dns.rules import Rules
 from dns.server import Server as DnsServer
-from dns.servers import Resolvers
-from netstack.api import Clock
+from dns.servers import Resolvers, Server, Upstream
+from dns.stream_asker import Connect
+from dns.zones import Zone, ZoneRecord, Zones
+from netstack.api import Clock, Endpoint, Way
 from netstack.dhcp.leases import Leases
+from netstack.errors import ConfigError
 from netstack.host.outward import WaysOut
 from netstack.policy.names import Names
 from netstack.stack import Stack
@@ -30,7 +35,6 @@ from pyvpnkit.hostnet.follow import Follow
 from pyvpnkit.values import AutoMtu
 
 if TYPE_CHECKING:
-    from dns.zones import Zones
     from pyvpnkit.proxy.service import HttpProxy
 
 _SOURCE: Final = ("resolvers", "file", "resolv_conf")
@@ -45,6 +49,7 @@ class HostSide:
         self._settings = settings
         self._zones = zones
         self._clock = clock
+        zones.set_static(fixed_zones(settings.dns.records))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._running: HostResolvers | None = None
         """Those that wake up by themselves."""
@@ -144,12 +149,26 @@ class HostSide:
             upstreams=settings.dns.servers,
             source=None if settings.dns.servers else self.resolvers,
             rules=Rules.parse({domain: _rule(what) for domain, what in settings.dns.rules.items()}),
-            asker_for=askers(self.resolvers.resolv_conf, cafile=settings.dns.tls_ca),
+            asker_for=askers(self.resolvers.resolv_conf, cafile=settings.dns.tls_ca, way_to=self._way_to),
             aaaa=settings.dns.aaaa,  # type: ignore[arg-type]  # one of the words, by its parser
             ipv6_route=self.follow.ipv6_route,
             learn=self.names.learn if any(rule_is_by_domain(rule) for rule in settings.way_out) else None,
             clock=self._clock,
         )
+
+    def _way_to(self, server: Server) -> Connect | None:
+        """How to connect to a name server that a rule has behind a proxy: what guests ask leaves by the way that they have."""
+        upstream = server.upstream
+        if not self._stack.ways_out.all:
+            return None
+        there = Endpoint.of(upstream.address, upstream.port)
+        if self._stack.ways_out.find(there) is Way.DIRECT:
+            return None
+
+        async def connect(_upstream: Upstream) -> socket.socket:
+            return await self.ways_out.connect(there)
+
+        return connect
 
     # While it runs.
 
@@ -165,6 +184,7 @@ class HostSide:
         except BaseException:
             self.resolvers = old_resolvers
             raise
+        self._zones.set_static(fixed_zones(settings.dns.records))
         self._settings = settings
         old.close()
         if moved:
@@ -219,6 +239,23 @@ def _proxy_settings(settings: Settings) -> dict[str, Any]:
         "settings": document if any(document.values()) else None,
         "environment": dict(os.environ) if proxy.environment else None,
     }
+
+
+def fixed_zones(records: Mapping[str, str]) -> tuple[Zone, ...]:
+    """Zones that have just these names (`*.DOMAIN` is all below), and let others fall through. Raises `ConfigError`."""
+    found: dict[str, Zone] = {}
+    for name, text in records.items():
+        label, dot, parent = name.rstrip(".").lower().partition(".")
+        if not dot:
+            raise ConfigError(f"dns.records: {name!r} has no domain; write a name such as www.corp.example")
+        before = found.get(parent, Zone(name=parent))
+        for address in (Endpoint.of(one, 0).address for one in text.split()):
+            if label == "*":
+                before = dataclasses.replace(before, default=address)
+            else:
+                before = dataclasses.replace(before, records=(*before.records, ZoneRecord(name=label, address=address)))
+        found[parent] = before
+    return tuple(found.values())
 
 
 def _rule(what: str) -> str | list[str]:

@@ -10,7 +10,7 @@ import ipaddress
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
-from netstack.errors import ConfigError
+from netstack.errors import ConfigError, Malformed
 from netstack.link.spec import LinkSpec
 from netstack.settings import parse_mac
 
@@ -125,6 +125,26 @@ class AutoMtu(int):
 
 def mtu(text: str) -> int:
     return AutoMtu(1500) if text.lower() == "auto" else int(number(576, 65520)(text))
+
+
+def addresses(text: str) -> str:
+    words = text.split()
+    if not words:
+        raise ConfigError("is empty; write an address, or several with blanks between")
+    return " ".join(address(word) for word in words)
+
+
+def record_name(text: str) -> str:
+    from dns import codec  # where it is used: few have any
+
+    name = text.rstrip(".").lower()
+    try:
+        codec.wire_name(name.removeprefix("*."))
+    except Malformed as error:
+        raise ConfigError(f"{text!r} is no name ({error}); write one such as www.corp.example") from None
+    if "." not in name:
+        raise ConfigError(f"{text!r} has no domain; write a name such as www.corp.example")
+    return name
 
 
 def dns_rule(text: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.netns import GATEWAY, Daemon, Namespace, World, require
+from tests.support.netns import GATEWAY, Daemon, Namespace, World, require, wait_until
 from tests.support.webhost import MB, digest, exactly, serve, web
 
 pytestmark = pytest.mark.netns
@@ -168,3 +169,63 @@ def test_a_guest_works_through_a_vpn_that_comes_and_goes(site: Site) -> None:
         again = within(SOON_S, lambda: site.asked("intranet.corp.example") == INTRANET)
         print(f"names of the VPN after {took:.2f} s, and again after {again:.2f} s")
     assert os.path.exists(site.dns_file)
+
+
+def test_names_of_the_settings_and_search_domains_reach_guests(fresh: World, tmp_path: Path) -> None:
+    require("dig")
+    guest = fresh.namespace()
+    dns_file, settings = tmp_path / "dns", tmp_path / "settings.yaml"
+    dns_file.write_text("search corp.example\n")
+    settings.write_text('dns:\n  records: {www.corp.example: 10.0.0.5, "*.apps.example": [10.0.0.6, 10.0.0.7]}\n')
+    daemon = fresh.daemon("--link", f"tap:netns={guest.name}", "--config", str(settings), "--dns", str(dns_file))
+    guest.udhcpc()
+    told = tmp_path / "told.sh"
+    told.write_text('#!/bin/sh\necho "search=$search"\n')
+    told.chmod(0o755)
+    words = ("busybox", "udhcpc", "-i", "eth0", "-n", "-q", "-f", "-O", "search", "-s", str(told))
+    assert "search=corp.example" in guest.run(*words).stdout
+
+    def asked(name: str) -> list[str]:
+        return sorted(guest.run("dig", "+short", f"@{GATEWAY}", name).stdout.split())
+
+    assert asked("www.corp.example") == ["10.0.0.5"]
+    assert asked("any.apps.example") == ["10.0.0.6", "10.0.0.7"]
+    settings.write_text("dns:\n  records: {www.corp.example: 10.0.0.8}\n")
+    daemon.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: asked("www.corp.example") == ["10.0.0.8"])
+    assert asked("any.apps.example") == []
+    assert daemon.stop() == 0
+    assert "Traceback" not in daemon.said(), daemon.said()
+
+
+def test_what_guests_ask_leaves_by_the_proxy_too(fresh: World, tmp_path: Path) -> None:
+    """The proxy is down: no name, and no question goes around it."""
+    require("dnsmasq", "dig", "microsocks")
+    guest, office = fresh.namespace(), fresh.namespace("office")
+    fresh.host.ip("link", "add", "up0", "type", "veth", "peer", "name", "up0", "netns", office.name)
+    for place, address in ((fresh.host, HERE), (office, OFFICE)):
+        place.ip("addr", "add", f"{address}/30", "dev", "up0")
+        place.ip("link", "set", "up0", "up")
+    resolver(office, tmp_path, f"{OFFICE}#53", f"www.corp.example/{INTRANET}")
+    options = ["--dns-server", OFFICE, "--way-out", "* -> socks5://127.0.0.1:1080"]
+    daemon = fresh.daemon("--link", f"tap:netns={guest.name}", *options)
+    guest.udhcpc()
+
+    def asked() -> str:
+        words = ("dig", "+short", "+tries=1", "+time=6", f"@{GATEWAY}", "www.corp.example")
+        return guest.run(*words, check=False).stdout.strip()
+
+    assert asked() == ""
+    assert udp_in(office) == 0, "a question went around the proxy"
+    fresh.host.start("microsocks", "-i", "127.0.0.1", "-p", "1080")
+    wait_until(lambda: asked() == INTRANET)
+    assert udp_in(office) == 0
+    assert daemon.stop() == 0
+    assert "Traceback" not in daemon.said(), daemon.said()
+
+
+def udp_in(place: Namespace) -> int:
+    """Datagrams that came to a namespace, whether anybody took them or not."""
+    names, numbers = (line.split()[1:] for line in place.read("/proc/net/snmp").splitlines() if line.startswith("Udp:"))
+    counts = dict(zip(names, map(int, numbers), strict=True))
+    return counts["InDatagrams"] + counts["NoPorts"]
