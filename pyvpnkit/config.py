@@ -52,8 +52,8 @@ class DnsSettings:
     """A file of resolvers in VPNKit's form (`nameserver IP#PORT`, `zone`, `order`, `timeout`, `search`), followed while it
     changes; it may come later."""
     records: Mapping[str, str] = field(default_factory=dict)
-    """Addresses of names that are answered here: `www.corp.example: 10.0.0.5`, `"*.apps.example": 192.168.65.3`. Other names of
-    the same domain are asked for elsewhere."""
+    """Addresses of names that are answered here, one of IPv4, of IPv6, or both: `www.corp.example: 10.0.0.5`,
+    `"*.apps.example": 192.168.65.3`. Other names of the same domain are asked for elsewhere."""
     rules: Mapping[str, str] = field(default_factory=dict)
     """Servers for a domain and all names below it, before all others: `corp.example: 10.0.0.53 10.0.0.54`, or `refuse`."""
     aaaa: str = "auto"

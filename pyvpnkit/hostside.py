@@ -251,6 +251,8 @@ def fixed_zones(records: Mapping[str, str]) -> tuple[Zone, ...]:
         before = found.get(parent, Zone(name=parent))
         for address in (Endpoint.of(one, 0).address for one in text.split()):
             if label == "*":
+                if before.default is not None:
+                    raise ConfigError(f"dns.records: {name!r} can have one address only")
                 before = dataclasses.replace(before, default=address)
             else:
                 before = dataclasses.replace(before, records=(*before.records, ZoneRecord(name=label, address=address)))

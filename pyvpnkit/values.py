@@ -128,10 +128,10 @@ def mtu(text: str) -> int:
 
 
 def addresses(text: str) -> str:
-    words = text.split()
-    if not words:
-        raise ConfigError("is empty; write an address, or several with blanks between")
-    return " ".join(address(word) for word in words)
+    found = [address(word) for word in text.split()]
+    if len(found) != len({":" in one for one in found}) or not found:
+        raise ConfigError(f"{text!r}: write an address, or an IPv4 and an IPv6 one with a blank between")
+    return " ".join(found)
 
 
 def record_name(text: str) -> str:
