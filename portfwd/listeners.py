@@ -1,9 +1,7 @@
 """The host sockets of forwards.
 
-A stream listener (TCP or Unix) is a raw non-blocking socket with a reader in the loop: each wake-up accepts a batch and hands
-every connected socket to `Carriers.stream`; nothing of a connection stays here. When descriptors run out the listener
-sleeps a quarter of a second instead of being woken for ever by the connection it cannot accept; those who wait stay in
-the kernel's queue and are served when descriptors come back. A UDP port is one bound socket lent to `Carriers.datagrams`.
+A stream listener (TCP or Unix) hands every connection it accepts (`portfwd.acceptor`) to `Carriers.stream`; nothing of a connection
+stays with it. A UDP port is one bound socket lent to `Carriers.datagrams`.
 """
 
 from __future__ import annotations
@@ -15,11 +13,12 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from netstack.api import Datagrams
 from netstack.errors import ConfigError
 from netstack.link.listening import UnixSocket
+from portfwd.acceptor import Acceptor
 from portfwd.carriers import Carriers, Way
 from portfwd.errors import BindFailed
 from portfwd.holders import explain
@@ -29,12 +28,6 @@ log = logging.getLogger("pyvpnkit.portfwd")
 
 BACKLOG: Final = 4096
 """Asked of the kernel, which caps it at net.core.somaxconn."""
-ACCEPT_BATCH: Final = 64
-"""Connections taken per wake-up, so that a flood on one port leaves the loop to others."""
-PAUSE_S: Final = 0.25
-"""Rest of a listener that ran out of descriptors or memory."""
-
-_SCARCE: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 Inherit = Callable[[PublishSpec], socket.socket | None]
 """A bound socket for a spec that somebody with more rights prepared (`portfwd.inherited`), or `None`."""
@@ -111,68 +104,26 @@ def _bound_socket(spec: PublishSpec) -> socket.socket:
     return sock
 
 
-class StreamListener:
+class StreamListener(Acceptor):
     """A published TCP port or Unix socket. `release` frees it."""
 
     def __init__(
         self, spec: PublishSpec, sock: socket.socket, carriers: Carriers | Way, release: Callable[[], None]
     ) -> None:
+        super().__init__(sock, self._carry, spec)
         self.spec = spec
-        self._sock = sock
         self._carriers = carriers
         self._release = release
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._pause: asyncio.TimerHandle | None = None
-        self.accepted = 0
-        self.pauses = 0
-        """Times this listener rested because descriptors or memory were short."""
 
-    def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        loop.add_reader(self._sock.fileno(), self._accept)
-
-    def _accept(self) -> None:
-        for _ in range(ACCEPT_BATCH):
-            try:
-                connection, client = self._sock.accept()
-            except (BlockingIOError, InterruptedError):
-                return
-            except OSError as error:
-                if error.errno in _SCARCE:
-                    self._rest(error)
-                    return
-                continue  # ECONNABORTED and its kin: that client gave up (accept(2): treat like EAGAIN)
-            self.accepted += 1
-            connection.setblocking(False)
-            try:
-                self._carriers.stream(self.spec, connection, client)
-            except Exception:  # one connection's failure must not end the port
-                log.exception("%s: a connection could not be handed on", self.spec)
-                connection.close()
-
-    def _rest(self, error: OSError) -> None:
-        assert self._loop is not None
-        if not self.pauses:
-            log.warning("%s: %s; clients wait in the queue until descriptors are free", self.spec, error.strerror)
-        self.pauses += 1
-        self._loop.remove_reader(self._sock.fileno())
-        self._pause = self._loop.call_later(PAUSE_S, self._resume)
-
-    def _resume(self) -> None:
-        assert self._loop is not None
-        self._pause = None
-        self._loop.add_reader(self._sock.fileno(), self._accept)
+    def _carry(self, connection: socket.socket, client: Any) -> None:
+        self._carriers.stream(self.spec, connection, client)
 
     def retarget(self) -> None:
         """Nothing to do: each connection asks for the guest anew."""
 
     def close(self) -> None:
         """Free the port; connections that were handed on live on."""
-        if self._pause is not None:
-            self._pause.cancel()
-            self._pause = None
-        elif self._loop is not None and self._sock.fileno() >= 0:
-            self._loop.remove_reader(self._sock.fileno())
+        self.stop()
         self._release()
 
 

@@ -13,9 +13,7 @@ connection is compared with those that the network itself has made for its guest
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import errno
 import ipaddress
 import logging
 import os
@@ -31,6 +29,7 @@ from aiohttp import web
 from netstack.errors import ConfigError
 from netstack.flow.records import local_end, remote_end
 from netstack.link.listening import UnixSocket, peer_uid
+from portfwd.acceptor import Acceptor
 from pyvpnkit.api.guard import Guard
 from pyvpnkit.api.http import IDLE_S, MAX_BODY, MAX_CONNECTIONS, HttpServer, Peer
 from pyvpnkit.api.sse import EventHub
@@ -45,14 +44,9 @@ Mount = Callable[[web.Application], None]
 
 MIN_TOKEN: Final = 32
 """Characters of a token: 256 bits are 43 in base64 and 64 in hexadecimal; this is the least that is no password."""
-ACCEPT_BATCH: Final = 64
-PAUSE_S: Final = 0.25
-"""Rest of a listener that ran out of descriptors or memory."""
 BACKLOG: Final = 1024
 TELL_S: Final = 1.0
 """One line about strangers in so many seconds (threats A3)."""
-
-_SCARCE: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
 class ControlServer:
@@ -202,56 +196,15 @@ class ControlServer:
         )
 
 
-class _Listener:
+class _Listener(Acceptor):
     """One bound socket, whose connections go to `accept`."""
 
     def __init__(
         self, name: str, sock: socket.socket, release: Callable[[], None], accept: Callable[[socket.socket], None]
     ) -> None:
+        super().__init__(sock, lambda connection, _client: accept(connection), name)
         self.name = name
-        self.pauses = 0
-        self._sock = sock
         self._release = release
-        self._accept = accept
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._pause: asyncio.TimerHandle | None = None
-
-    def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        loop.add_reader(self._sock.fileno(), self._ready)
-
-    def _ready(self) -> None:
-        for _ in range(ACCEPT_BATCH):
-            try:
-                connection, _peer = self._sock.accept()
-            except (BlockingIOError, InterruptedError):
-                return
-            except OSError as error:
-                if error.errno in _SCARCE:
-                    self._rest()
-                    return
-                continue  # that client gave up
-            self._accept(connection)
-
-    def _rest(self) -> None:
-        """Without descriptors the queue's first client would wake us for ever."""
-        assert self._loop is not None
-        self.pauses += 1
-        self._loop.remove_reader(self._sock.fileno())
-        self._pause = self._loop.call_later(PAUSE_S, self._resume)
-
-    def _resume(self) -> None:
-        assert self._loop is not None
-        self._pause = None
-        self._loop.add_reader(self._sock.fileno(), self._ready)
-
-    def stop(self) -> None:
-        if self._pause is not None:
-            self._pause.cancel()
-            self._pause = None
-        elif self._loop is not None and self._sock.fileno() >= 0:
-            self._loop.remove_reader(self._sock.fileno())
-        self._loop = None
 
     def close(self) -> None:
         self.stop()

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import portfwd.acceptor
 import portfwd.listeners
 from netstack.api import Endpoint
 from netstack.errors import ConfigError, HostError
@@ -237,7 +238,7 @@ async def test_out_of_descriptors_the_listener_rests_and_serves_those_who_waited
     registry: Registry, guests: Guests, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """N5, R1: no spinning while descriptors are short, recovery within a second after they are free."""
-    monkeypatch.setattr(portfwd.listeners, "PAUSE_S", 0.02)
+    monkeypatch.setattr(portfwd.acceptor, "PAUSE_S", 0.02)
     registry.start(guests, asyncio.get_running_loop())
     forward = registry.add(PublishSpec.parse("0:80"))
     (listener,) = forward.listeners
@@ -273,7 +274,7 @@ async def test_closing_a_resting_listener_leaves_nothing_in_the_loop(registry: R
     listener._rest(OSError(24, "Too many open files"))
     registry.remove(forward)
     assert not loop.remove_reader(fd)
-    await asyncio.sleep(portfwd.listeners.PAUSE_S + 0.05)
+    await asyncio.sleep(portfwd.acceptor.PAUSE_S + 0.05)
     assert not loop.remove_reader(fd)
 
 

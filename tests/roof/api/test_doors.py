@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-import pyvpnkit.api.server
+import portfwd.acceptor
 from netstack.errors import ConfigError
 from portfwd.hijack import Taken, hijack
 from pyvpnkit.api.guard import Guard
@@ -403,7 +403,7 @@ async def test_descriptors_that_run_out_do_not_end_the_listener(
 ) -> None:
     import resource
 
-    monkeypatch.setattr(pyvpnkit.api.server, "PAUSE_S", 0.05)
+    monkeypatch.setattr(portfwd.acceptor, "PAUSE_S", 0.05)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     client = socket.socket(socket.AF_UNIX)
     lowest = os.dup(client.fileno())
