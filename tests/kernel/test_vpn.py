@@ -229,3 +229,26 @@ def udp_in(place: Namespace) -> int:
     names, numbers = (line.split()[1:] for line in place.read("/proc/net/snmp").splitlines() if line.startswith("Udp:"))
     counts = dict(zip(names, map(int, numbers), strict=True))
     return counts["InDatagrams"] + counts["NoPorts"]
+
+
+def test_a_rule_by_domain_holds_for_the_addresses_that_a_guest_was_told(fresh: World, tmp_path: Path) -> None:
+    require("dig", "curl")
+    guest = fresh.namespace()
+    for address in (HOME, "203.0.113.6"):
+        fresh.host.ip("addr", "add", f"{address}/32", "dev", "lo")
+    options = ["--dns-record", f"www.corp.example={HOME}", "--dns-record", "www.home.example=203.0.113.6"]
+    daemon = fresh.daemon("--link", f"tap:netns={guest.name}", *options, "--way-out", "corp.example -> refuse")
+    guest.udhcpc()
+
+    def curl(host: str) -> int:
+        """Its exit status: 0 is an answer, 7 a refusal."""
+        return guest.run("curl", "-sS", "-o", "/dev/null", f"http://{host}:{port}/10", check=False).returncode
+
+    with web(fresh.host, "0.0.0.0") as port:
+        assert curl(HOME) == 0, "nobody has asked for a name yet"
+        assert guest.run("dig", "+short", f"@{GATEWAY}", "www.home.example").stdout.strip() == "203.0.113.6"
+        assert guest.run("dig", "+short", f"@{GATEWAY}", "www.corp.example").stdout.strip() == HOME
+        assert curl(HOME) == 7
+        assert curl("203.0.113.6") == 0
+    assert daemon.stop() == 0
+    assert "Traceback" not in daemon.said(), daemon.said()
