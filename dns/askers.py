@@ -29,6 +29,9 @@ class Relay:
             answer, _ = await self._forwarder.ask_stream(query, end)
         return answer
 
+    def renew(self) -> None:
+        self._forwarder.network_changed()
+
     def close(self) -> None:
         self._forwarder.close()
 

@@ -141,6 +141,11 @@ class HostMode:
             if not look_up.waiters and self._waiting.get((key, qtype)) is look_up:
                 self._forget(look_up)
 
+    def renew(self) -> None:
+        """Look-ups that run cannot be taken back; who asks for their names waits for them."""
+        if self._other is not None:
+            self._other.renew()
+
     def close(self) -> None:
         """Look-ups that run are left to end by themselves; who waits for one gets `HostError`."""
         self._closed = True

@@ -67,8 +67,9 @@ class KnownServers:
         """The network changed: what servers did before says nothing."""
         for state in self._states.values():
             state.offline, state.misses = False, 0
-            if state.stream is not None:
-                state.stream.renew()
+            for asker in (state.stream, state.asker):
+                if asker is not None:
+                    asker.renew()
 
     def documents(self) -> list[dict[str, Any]]:
         """Counters of each, as JSON's values."""

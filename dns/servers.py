@@ -161,6 +161,10 @@ class Asker(Protocol):
         """
         ...
 
+    def renew(self) -> None:
+        """The network changed: connections from before are not used any more, questions on their way are asked again."""
+        ...
+
     def close(self) -> None:
         """The server is not wanted any more; questions on their way fail with `HostError`."""
         ...

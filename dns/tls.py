@@ -87,6 +87,10 @@ class TlsAsker:
                     self._stream.close()
         return await self._stream.ask(query, end)
 
+    def renew(self) -> None:
+        if self._stream is not None:
+            self._stream.renew()
+
     def close(self) -> None:
         self._closed = True
         if self._stream is not None:

@@ -195,6 +195,26 @@ async def test_a_connection_the_server_closes_is_made_again(pki: Pki) -> None:
         assert upstream.connections == 2
 
 
+async def test_a_changed_network_takes_a_new_connection_and_asks_again(pki: Pki) -> None:
+    async with played(pki) as resolver:
+        arrived = asyncio.Event()
+        own = DnsServer(
+            hosts_path=None,
+            source=lambda: Resolvers(servers=(resolver.server(),)),
+            asker_for=askers(cafile=str(pki.ca)),
+        )
+        resolver.on_query = lambda asked, say, hang_up: arrived.set()
+        waiting = asyncio.create_task(ask(own, query("a.example")))
+        async with asyncio.timeout(10):
+            await arrived.wait()
+            resolver.on_query = lambda asked, say, hang_up: say(a_reply(asked, "10.0.0.2"))
+            own.network_changed()
+            answer = parse(await waiting)
+        assert [str(rr.rdata) for rr in answer.rr] == ["10.0.0.2"]
+        assert resolver.connections == 2
+        own.close()
+
+
 async def test_a_connection_without_questions_is_closed(pki: Pki) -> None:
     async with played(pki) as upstream, asker(upstream.server(), pki, idle_s=0.05) as tls:
         for connections in (1, 2):
