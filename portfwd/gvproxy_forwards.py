@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from netstack.api import Endpoint
 from netstack.errors import ConfigError, NetstackError
 from portfwd.errors import AlreadyPublished, BindFailed, NotAllowed, TooMany
-from portfwd.owners import GVPROXY, SETTINGS, Owner
+from portfwd.owners import GVPROXY, Owner
 from portfwd.registry import Forward, Registry
 from portfwd.spec import MAX_ANNOTATION, PublishSpec
 from portfwd.ssh_target import Target, is_tunnel, masked
@@ -151,11 +151,10 @@ class Forwards:
         for proxy, forward in self._seen(caller):
             if (proxy.protocol, proxy.local) != (protocol, local):
                 continue
-            if forward.owner == SETTINGS:
-                raise Refused(f"{forward} is in the settings: remove it there, and reload")
-            if forward.spec.count > 1:
-                raise Refused(f"{local} is one of {forward}, which can only be removed as a whole")
-            self._registry.remove(forward)
+            try:
+                self._registry.remove_named(forward, local)
+            except ConfigError as error:
+                raise Refused(str(error)) from None
             return
         raise Refused("proxy not found")
 

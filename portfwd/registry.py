@@ -164,6 +164,14 @@ class Registry:
             self._events.emit(ForwardRemoved(time=self._clock(), forward=str(forward), owner=str(forward.owner)))
         self.changed()
 
+    def remove_named(self, forward: Forward, name: str) -> None:
+        """Remove it for a client whose API knows it, or one port of it, by `name`. Raises `ConfigError` when that cannot be."""
+        if forward.owner == SETTINGS:
+            raise ConfigError(f"{forward} is in the settings: remove it there, and reload")
+        if forward.spec.count > 1:
+            raise ConfigError(f"{name} is one of {forward}, which can only be removed as a whole")
+        self.remove(forward)
+
     def release(self, owner: Owner) -> None:
         """Remove all that `owner` made."""
         for forward in self.of(owner):

@@ -20,12 +20,12 @@ from typing import Any, Final, TypeAlias
 
 from aiohttp import web
 
-from netstack.errors import ConfigError, NetstackError
+from netstack.errors import NetstackError
 from portfwd import bodies
 from portfwd.bodies import BadBody
 from portfwd.errors import AlreadyPublished, BindFailed
 from portfwd.invm.ports import Port
-from portfwd.owners import SETTINGS, VPNKIT, Owner
+from portfwd.owners import VPNKIT, Owner
 from portfwd.registry import Forward, Registry
 from portfwd.spec import DEFAULT_BIND, PublishSpec
 
@@ -206,11 +206,7 @@ class _Api:
             for forward, port in self._ports():
                 if port != asked:
                     continue
-                if forward.owner == SETTINGS:
-                    raise ConfigError(f"{forward} is in the settings: remove it there, and reload")
-                if forward.spec.count > 1:
-                    raise ConfigError(f"{port} is one of {forward}, which can only be removed as a whole")
-                self._registry.remove(forward)
+                self._registry.remove_named(forward, str(port))
             return web.Response()
 
         return unexpose

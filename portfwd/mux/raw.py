@@ -14,6 +14,7 @@ from typing import Final
 
 from portfwd.carriers import Destination
 from portfwd.mux.channel import Ending, Receiver
+from portfwd.mux.splice import send_at_once
 
 CHUNK: Final = 1 << 16
 KEPT: Final = 1 << 18
@@ -48,11 +49,7 @@ class RawChannel:
         self._reading = self._writing = self._wanting = False
         self._ended = self._shut = self._closing = self._over = False
         sock.setblocking(False)
-        if sock.family != socket.AF_UNIX:
-            try:
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            except OSError:
-                pass  # it is gone already, and will say so
+        send_at_once(sock)
         if first:
             self._watch_writing()
 

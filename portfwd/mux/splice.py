@@ -43,6 +43,15 @@ def splice(
     return Splice(channel, sock, preface, on_close, loop or asyncio.get_running_loop())
 
 
+def send_at_once(sock: socket.socket) -> None:
+    """Switch Nagle's algorithm off where there is one."""
+    if sock.family != socket.AF_UNIX:
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except OSError:
+            pass  # it is gone already, and will say so
+
+
 def reset(sock: socket.socket) -> None:
     """Close so that the other side sees that something was wrong, not an end of file."""
     try:
@@ -76,11 +85,7 @@ class Splice:
         self.octets_in = self.octets_out = 0
         """From the channel to the socket, and from the socket to the channel."""
         sock.setblocking(False)
-        if sock.family != socket.AF_UNIX:
-            try:
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            except OSError:
-                pass  # it is gone already, and will say so
+        send_at_once(sock)
         channel.attach(self)
         if not self._done and not self._channel_over:
             self.room()

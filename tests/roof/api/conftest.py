@@ -17,6 +17,7 @@ import pytest
 from pyvpnkit import loader
 from pyvpnkit.api.server import ControlServer
 from pyvpnkit.service import Service
+from tests.roof.guest import StreamGuest
 
 LIMIT_S = 20.0
 
@@ -165,6 +166,15 @@ async def control_server(directory: Path, **options: Any) -> AsyncIterator[Contr
 async def control(tmp_path: Path) -> AsyncIterator[Control]:
     async with control_server(tmp_path) as made:
         yield made
+
+
+@pytest.fixture
+async def guest(control: Control) -> AsyncIterator[StreamGuest]:
+    """One of its network's, that has leased its address."""
+    made = await asyncio.to_thread(StreamGuest, control.link)
+    await asyncio.to_thread(made.lease)
+    yield made
+    made.close()
 
 
 async def until(true: Callable[[], bool], limit_s: float = LIMIT_S) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,6 @@ from portfwd.spec import PublishSpec
 from pyvpnkit.api import shapes
 from tests.roof.api.conftest import Control, control_server, free_port, until
 from tests.roof.guest import HOST, Connection, StreamGuest
-
-
-@pytest.fixture
-async def guest(control: Control) -> AsyncIterator[StreamGuest]:
-    """One that has leased its address."""
-    made = await asyncio.to_thread(StreamGuest, control.link)
-    await asyncio.to_thread(made.lease)
-    yield made
-    made.close()
 
 
 async def connected(guest: StreamGuest, port: int) -> Connection:

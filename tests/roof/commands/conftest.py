@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.roof.api.conftest import Control, control_server
+from tests.roof.api.conftest import guest as guest  # the fixture, for tests here too
 
 ROOT = Path(__file__).parents[3]
 LIMIT_S = 60.0

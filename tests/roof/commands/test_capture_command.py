@@ -14,7 +14,6 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -25,14 +24,6 @@ from tests.roof.api.conftest import Control, until
 from tests.roof.commands.conftest import ROOT, end, pyvpnkit, start
 from tests.roof.guest import BROADCAST, GATEWAY, HOST, StreamGuest
 from tests.support import packets
-
-
-@pytest.fixture
-async def guest(control: Control) -> AsyncIterator[StreamGuest]:
-    made = await asyncio.to_thread(StreamGuest, control.link)
-    await asyncio.to_thread(made.lease)
-    yield made
-    made.close()
 
 
 async def capturing(control: Control, *argv: str) -> asyncio.subprocess.Process:

@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,15 +21,6 @@ from portfwd.spec import PublishSpec
 from tests.roof.api.conftest import Control, control_server, until
 from tests.roof.commands.conftest import end, pyvpnkit, start
 from tests.roof.guest import HOST, StreamGuest
-
-
-@pytest.fixture
-async def guest(control: Control) -> AsyncIterator[StreamGuest]:
-    made = await asyncio.to_thread(StreamGuest, control.link)
-    await asyncio.to_thread(made.lease)
-    yield made
-    made.close()
-
 
 # Ports.
 
