@@ -1,9 +1,11 @@
-"""What is right, bent: changes that every target makes to good input, since noise dies at the first check."""
+"""What every target shares: right input, bent (noise dies at the first check), and what may come of it: a value, or words."""
 
 from __future__ import annotations
 
 import random
 import struct
+from collections.abc import Callable
+from typing import Any
 
 
 def spoil(rng: random.Random, data: bytes) -> bytes:
@@ -37,3 +39,14 @@ def split(rng: random.Random, data: bytes) -> list[bytes]:
         pieces.append(data[at : at + octets])
         at += octets
     return pieces
+
+
+def complains(text: object, run: Callable[[], Any], *kinds: type[Exception]) -> Any:
+    """What `run` returns, or `None` when it complained in words."""
+    try:
+        return run()
+    except kinds as error:
+        assert str(error).strip(), text
+        return None
+    except Exception as error:
+        raise AssertionError(f"{text!r}: {error!r}") from error

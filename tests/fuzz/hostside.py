@@ -7,7 +7,6 @@ import json
 import logging
 import random
 import struct
-from collections.abc import Callable
 from typing import Any
 
 from dns import resolved, scutil, vpnkit_file
@@ -20,7 +19,7 @@ from netstack.host.socks5 import Socks5
 from netstack.policy import ways_out
 from pyvpnkit.hostnet import darwin, netlink
 from pyvpnkit.proxy.config import Config
-from tests.fuzz.bend import spoil
+from tests.fuzz.bend import complains, spoil
 
 WORDS = (
     "nameserver zone order timeout search assume-offline-after 10.0.0.1 10.0.0.1#53 ::1 corp.example ~corp.example ~. 0 1 -1 99999 "
@@ -55,25 +54,15 @@ def _value(rng: random.Random, depth: int = 0) -> Any:
     return {rng.choice(keys): _value(rng, depth + 1) for _ in range(rng.randrange(6))}
 
 
-def _says(text: object, run: Callable[[], Any], *kinds: type[Exception]) -> Any:
-    try:
-        return run()
-    except kinds as error:
-        assert str(error).strip(), text
-        return None
-    except Exception as error:
-        raise AssertionError(f"{text!r}: {error!r}") from error
-
-
 def _texts(rng: random.Random) -> None:
     text = _text(rng)
     assert isinstance(vpnkit_file.parse_or_none(text), Resolvers)
     assert isinstance(scutil.parse(text), Resolvers)
-    _says(text, lambda: darwin.read(text, _text(rng)), HostError)
-    _says(text, lambda: Rules.parse({rng.choice(WORDS): text.split()}), ConfigError)
-    server = _says(text, lambda: Server.parse(text), ConfigError)
+    complains(text, lambda: darwin.read(text, _text(rng)), HostError)
+    complains(text, lambda: Rules.parse({rng.choice(WORDS): text.split()}), ConfigError)
+    server = complains(text, lambda: Server.parse(text), ConfigError)
     assert server is None or server.upstream.address
-    rule = _says(text, lambda: ways_out.parse(text), ConfigError)
+    rule = complains(text, lambda: ways_out.parse(text), ConfigError)
     if rule is not None:
         assert ways_out.parse(ways_out.spelled(rule)) == rule, text
 
@@ -81,8 +70,8 @@ def _texts(rng: random.Random) -> None:
 def _documents(rng: random.Random) -> None:
     octets = json.dumps(_value(rng)).encode()
     octets = spoil(rng, octets) if rng.random() < 0.3 else octets
-    _says(octets, lambda: Config.decode(octets), NetstackError)
-    _says(octets, lambda: resolved.of_json(octets.decode("utf-8", "replace")), NetstackError)
+    complains(octets, lambda: Config.decode(octets), NetstackError)
+    complains(octets, lambda: resolved.of_json(octets.decode("utf-8", "replace")), NetstackError)
 
 
 def _netlink(rng: random.Random) -> None:
@@ -97,8 +86,8 @@ def _netlink(rng: random.Random) -> None:
         )
     view = memoryview(spoil(rng, body) if rng.random() < 0.3 else body)
     for parse in (netlink.parse_address, netlink.parse_route, netlink.parse_link, netlink.attributes):
-        _says(bytes(view), lambda parse=parse: parse(view), Malformed)  # type: ignore[misc]
-    _says(bytes(view), lambda: list(netlink.messages(view)), Malformed)
+        complains(bytes(view), lambda parse=parse: parse(view), Malformed)  # type: ignore[misc]
+    complains(bytes(view), lambda: list(netlink.messages(view)), Malformed)
 
 
 def _exchanges(rng: random.Random) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
 from typing import Any
 
 from netstack.errors import ConfigError, NetstackError
@@ -16,7 +15,7 @@ from portfwd.invm.transport import Address
 from portfwd.mux.where import Where
 from portfwd.spec import PublishSpec, split
 from portfwd.vpnkit_api import described, parse, wanted
-from tests.fuzz.bend import spoil
+from tests.fuzz.bend import complains, spoil
 
 WORDS = (
     "tcp udp unix 0 1 80 8080 65535 65536 -1 0.0.0.0 127.0.0.1 192.168.65.3 ::1 [::1] /tmp/x /a%3Ab %00 ² via=forwarder "
@@ -80,31 +79,20 @@ def _entry(rng: random.Random, depth: int = 0) -> dict[str, Any]:
     return {rng.choice(KEYS): _value(rng, depth) for _ in range(rng.randrange(8))}
 
 
-def _complains(text: object, run: Callable[[], Any], *kinds: type[Exception]) -> Any:
-    """What `run` returns, or `None` when it complained in words."""
-    try:
-        return run()
-    except kinds as error:
-        assert str(error).strip(), text
-        return None
-    except Exception as error:
-        raise AssertionError(f"{text!r}: {error!r}") from error
-
-
 def _texts(rng: random.Random) -> None:
     text = _text(rng)
     for piece in (text, *split(text), _spec_text(rng)):
-        spec = _complains(piece, lambda piece=piece: PublishSpec.parse(piece), ConfigError)  # type: ignore[misc]
+        spec = complains(piece, lambda piece=piece: PublishSpec.parse(piece), ConfigError)  # type: ignore[misc]
         if spec is not None:
             assert PublishSpec.parse(str(spec)) == spec, piece
     if rng.random() < 0.5:
         text = f"{rng.choice(['hyperkit', 'connect', 'unix', 'listen', 'fd'])}:{text}"
-    where = _complains(text, lambda: Where.parse(text), ConfigError)
+    where = complains(text, lambda: Where.parse(text), ConfigError)
     if where is not None:
         assert Where.parse(str(where)) == where, text
-    _complains(text, lambda: Address.parse(text), ConfigError)
-    _complains(text, lambda: outgoing.parse_static("tcp", text), ConfigError)
-    chosen = _complains(text, lambda: compile_filter(text), ConfigError)
+    complains(text, lambda: Address.parse(text), ConfigError)
+    complains(text, lambda: outgoing.parse_static("tcp", text), ConfigError)
+    chosen = complains(text, lambda: compile_filter(text), ConfigError)
     if chosen is not None:
         frame = rng.randbytes(rng.randrange(80))
         if rng.random() < 0.7:
@@ -117,14 +105,14 @@ def _documents(rng: random.Random) -> None:
     octets = json.dumps(document).encode()
     if rng.random() < 0.3:
         octets = spoil(rng, octets)
-    found = _complains(octets, lambda: outgoing.decoded(octets), ConfigError)
-    _complains(octets, lambda: outgoing.gateway_forwards(found), ConfigError)
-    _complains(octets, lambda: outgoing.tunnels(found), ConfigError)
-    _complains(octets, lambda: check_answer(octets), NetstackError)
+    found = complains(octets, lambda: outgoing.decoded(octets), ConfigError)
+    complains(octets, lambda: outgoing.gateway_forwards(found), ConfigError)
+    complains(octets, lambda: outgoing.tunnels(found), ConfigError)
+    complains(octets, lambda: check_answer(octets), NetstackError)
     body = json.dumps(_port(rng)).encode()
-    port = _complains(body, lambda: parse(body), BadBody)
+    port = complains(body, lambda: parse(body), BadBody)
     if port is not None:
-        spec = _complains(body, lambda: wanted(port, lambda _address: "stack"), ConfigError)
+        spec = complains(body, lambda: wanted(port, lambda _address: "stack"), ConfigError)
         if spec is not None:
             again = described(spec)
             assert wanted(again, lambda _address: "stack") == spec, body
