@@ -267,8 +267,8 @@ class Plan:
     sockets: tuple[Path, ...] = ()
     """What the hypervisor makes and nobody must have left there."""
     console: Literal["pty-log", "stdio", "printed", "link"] = "link"
-    """How the console is reached: by a pty that the monitor names and the hypervisor logs; on its stdin and stdout, for which we make
-    the pty; by a pty whose path it prints or tells by REST; by a link that it makes itself."""
+    """How the console is reached: by a pty that the monitor names and the hypervisor logs; on its stdin and stdout, for which we
+    make the pty; by a pty whose path it prints or tells by REST; by a link that it makes itself."""
     vsock: VsockKind | None = None
     mounts: tuple[str, ...] = ()
     """What the guest has to run to have the shares, a line each."""
@@ -374,8 +374,8 @@ class Hypervisor(Protocol):
         ...
 
     async def start(self, plan: Plan, state: StateDir) -> Machine:
-        """Sidecars run already. It is started held where `Caps.pause`, its console attached, then let go: so that nothing it says is
-        lost. Raises `HostError`: not installed (with what to install), or its own complaint, or no monitor within 10 s."""
+        """Sidecars run already. It is started held where `Caps.pause`, its console attached, then let go: so that nothing it says
+        is lost. Raises `HostError`: not installed (with what to install), or its own complaint, or no monitor within 10 s."""
         ...
 
 
