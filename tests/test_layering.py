@@ -16,7 +16,10 @@ ANYTHING: Final = ("",)
 # The first line whose prefix fits a module holds for it. A package may always import from itself.
 ARROWS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
     ("pyvpnkit", ANYTHING),
-    ("vm", ("netstack.api",)),
+    # What runs inside the machine is copied there alone.
+    ("vm.guest", ()),
+    # The vsock device is one of vhost-user; sockets are made and found stale by the one rule; 9P's framing is one for all dialects.
+    ("vm", ("netstack.api", "netstack.link.vhost_user", "netstack.link.listening", "portfwd.ninep.wire")),
     # Unix sockets of forwards are found stale or not, and removed, by the one rule there is.
     ("portfwd", ("netstack.api", "netstack.link.listening")),
     ("dns", ("netstack.api",)),
@@ -83,6 +86,8 @@ def allowed(importer: str, imported: str) -> bool:
     home, targets = next((line for line in ARROWS if inside(importer, line[0])), ("", ()))
     if inside(imported, home) and home:
         return True
+    if home == "vm.guest":
+        return False
     open_to_all = ["netstack.errors"]
     if not inside(importer, "netstack.wire") and importer not in ("netstack.errors", "netstack.api"):
         open_to_all.append("netstack.observe")
@@ -116,6 +121,9 @@ def test_imports_point_down_the_table() -> None:
         ("netstack.link.tap", "netstack.iface.switch", False),
         ("portfwd.registry", "pyvpnkit.config", False),
         ("pyvpnkit.daemon", "dns.server", True),
+        ("vm.guest.vsudd", "netstack.errors", False),
+        ("vm.vsock.device", "netstack.link.vhost_user.device", True),
+        ("vm.supervisor.machine", "pyvpnkit.config", False),
     ],
 )
 def test_the_table_says_no_and_yes(importer: str, imported: str, expected: bool) -> None:
