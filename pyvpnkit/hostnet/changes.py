@@ -6,7 +6,7 @@ lost (ENOBUFS), come in any order, and a VPN that comes up sends dozens. So a fu
 Where a read takes long (a host with thousands of routes), the next one waits twenty times as long: never more than 5 % of a
 core. macOS is looked at each `POLL_S` seconds, in a thread, since that runs two programs.
 
-One timer (`pyvpnkit.hostnet.wake`) looks for missed time, and at the status of `files`, each `every_s` seconds. An idle host
+One timer (`netstack.observe.wake`) looks for missed time, and at the status of `files`, each `every_s` seconds. An idle host
 thus costs one wake-up in 5 s.
 
 Changes of link-local addresses and of routes to them are not told: every container that starts or ends makes some.
@@ -25,10 +25,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from netstack.errors import HostError
-from pyvpnkit.hostnet import routes, wake
+from netstack.observe import wake
+from netstack.observe.wake import Missed
+from pyvpnkit.hostnet import routes
 from pyvpnkit.hostnet.netlink import Listener
 from pyvpnkit.hostnet.routes import Route, Snapshot
-from pyvpnkit.hostnet.wake import Missed
 
 log = logging.getLogger("pyvpnkit.hostnet")
 

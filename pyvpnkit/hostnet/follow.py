@@ -11,9 +11,9 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable, Sequence
 
+from netstack.observe import wake
 from netstack.observe.events import HostNetworkChanged
 from netstack.stack import Stack
-from pyvpnkit.hostnet import wake
 from pyvpnkit.hostnet.changes import DEBOUNCE_S, Change, HostWatch, shown
 from pyvpnkit.hostnet.routes import Route, guest_mtu
 

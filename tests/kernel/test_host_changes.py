@@ -26,8 +26,8 @@ from pathlib import Path
 
 import pytest
 
+from netstack.observe import wake
 from pyvpnkit.commands.client import Client
-from pyvpnkit.hostnet import wake
 from tests.support.netns import ROOT, Daemon, Namespace, World, require, wait_until
 from tests.support.webhost import MB, content, digest, echo, exactly, serve
 

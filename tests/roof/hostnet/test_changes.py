@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 
 from netstack.errors import HostError
-from pyvpnkit.hostnet import changes, wake
+from netstack.observe import wake
+from netstack.observe.wake import Kind, Missed
+from pyvpnkit.hostnet import changes
 from pyvpnkit.hostnet.changes import Change, HostWatch
 from pyvpnkit.hostnet.netlink import Listener
 from pyvpnkit.hostnet.routes import Egress, Route, Snapshot
-from pyvpnkit.hostnet.wake import Kind, Missed
 from tests.roof.api.conftest import until
 from tests.roof.hostnet.conftest import interface
 from tests.support.netns import Namespace, inside

@@ -13,10 +13,10 @@ import pytest
 
 from netstack.flow.records import local_address
 from netstack.observe.events import FlowClosed, HostNetworkChanged, as_dict
+from netstack.observe.wake import Kind, Missed
 from pyvpnkit.hostnet.changes import Change
 from pyvpnkit.hostnet.follow import ROUTES_TOLD, Follow, words
 from pyvpnkit.hostnet.routes import Egress, Route, Snapshot
-from pyvpnkit.hostnet.wake import Kind, Missed
 from tests.support.drill import Drill, Flow
 
 LOOPBACK, LAN, VPN = bytes((127, 0, 0, 1)), bytes((192, 0, 2, 7)), bytes((10, 8, 0, 2))

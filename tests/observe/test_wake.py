@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from pyvpnkit.hostnet import wake
-from pyvpnkit.hostnet.wake import Kind, Missed, Times, WakeWatch, missed
+from netstack.observe import wake
+from netstack.observe.wake import Kind, Missed, Times, WakeWatch, missed
 
 ROOT = Path(__file__).parents[3]
 BEFORE = Times(monotonic=1000.0, boot=5000.0, wall=1_700_000_000.0)
@@ -74,7 +74,7 @@ def test_the_clocks_of_this_host() -> None:
 def test_a_process_that_was_stopped_knows_for_how_long() -> None:
     """With the shortest stop that may not be taken for a busy process."""
     script = (
-        "import asyncio; from pyvpnkit.hostnet.wake import WakeWatch\n"
+        "import asyncio; from netstack.observe.wake import WakeWatch\n"
         "async def main():\n"
         "    done = asyncio.Event()\n"
         "    def tick(found):\n"
