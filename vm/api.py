@@ -137,6 +137,8 @@ class Caps:
     shared_memory: bool = False
     pty: bool = False
     """It makes a pty for the console by itself."""
+    serves_virtiofs: bool = False
+    """It serves virtiofs shares itself: no server is to be started for them."""
     rejoins_network: bool = False
     """A guest goes on when the network daemon was restarted."""
 
