@@ -99,6 +99,8 @@ class VsockSpec:
 
     cid: int = 3
     ports: Mapping[str, int] = field(default_factory=dict)
+    served: Mapping[str, int] = field(default_factory=dict)
+    """Those that the host serves and the guest dials at CID 2; only a hypervisor with a socket for each port has to know them."""
     directory: Path
     socket: Path | None = None
     """The vhost-user device's control socket, where it is one."""
