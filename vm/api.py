@@ -15,6 +15,7 @@ All paths are absolute. Sockets of Unix have at most 107 octets of path, so a `S
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -325,6 +326,10 @@ class Vsock(Protocol):
 
     async def connect(self, port: int, *, limit_s: float = 10.0) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """To a port of the guest. Half-close crosses both ways. Raises `HostError` (refused, not there, too slow)."""
+        ...
+
+    async def dial(self, port: int, *, limit_s: float = 10.0) -> socket.socket:
+        """The same as a non-blocking socket, for who only passes octets on."""
         ...
 
     async def listen(self, port: int, handler: Handler) -> Listening:
