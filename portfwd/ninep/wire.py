@@ -1,14 +1,18 @@
 """Messages of 9P2000 and 9P2000.u (spec vpnkit, appendix D; intro(5) of Plan 9): octets <-> values.
 
 A message is `size[4] type[1] tag[2] body`, everything little-endian, `size` counting itself. 9P2000.u has the same messages; some
-have a field more at their end, which is why `parse` and `emit` are told the dialect (`unix`).
+have a field more at their end, which is why `parse` and `emit` are told the dialect (`unix`). A dialect is a table of layouts, out
+of which `Codec` is made; that of 9P2000.L is in `vm.filesystems.ninep`.
 """
 
 from __future__ import annotations
 
+import itertools
+import re
 import struct
-from collections.abc import Sequence
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
+from typing import Any, Final, TypeAlias
 
 from netstack.errors import Malformed
 from portfwd.ninep.messages import (
@@ -52,11 +56,15 @@ IO_OVERHEAD: Final = 24
 
 _HEAD = struct.Struct("<IBH")
 _QID = struct.Struct("<BIQ")
+_INTS: Final = {"1": "B", "2": "H", "4": "I", "8": "Q"}
 _STAT = struct.Struct("<HHIBIQIIIQ")  # size, type, dev, qid, mode, atime, mtime, length
 _IDS = struct.Struct("<III")
 
 
+Octets: TypeAlias = bytes | memoryview
+
 # The body of each: digits are ints of so many octets, s a string, q a qid, Q qids, N names, d data with their count, S a stat.
+# Other dialects have b and B, a string and names that need not be UTF-8, and o, four octets that may be missing at the end.
 # The last column is what 9P2000.u has besides.
 _LAYOUTS: Final[dict[int, tuple[type[Any], str, str]]] = {
     100: (Tversion, "4s", ""),
@@ -87,18 +95,17 @@ _LAYOUTS: Final[dict[int, tuple[type[Any], str, str]]] = {
     126: (Twstat, "4S", ""),
     127: (Rwstat, "", ""),
 }
-_NUMBERS: Final = {layout[0]: number for number, layout in _LAYOUTS.items()}
 
 
 class _Reader:
     """Takes fields off the front; raises `Malformed` where there are fewer octets than said."""
 
-    def __init__(self, octets: bytes, unix: bool) -> None:
+    def __init__(self, octets: Octets, unix: bool) -> None:
         self.octets = octets
         self.at = 0
         self.unix = unix
 
-    def take(self, count: int) -> bytes:
+    def take(self, count: int) -> Octets:
         end = self.at + count
         if end > len(self.octets):
             raise Malformed("9p: a field reaches beyond its message")
@@ -110,7 +117,7 @@ class _Reader:
 
     def string(self) -> str:
         try:
-            return self.take(self.number(2)).decode()
+            return str(self.take(self.number(2)), "utf-8")
         except UnicodeDecodeError:
             raise Malformed("9p: a string is not UTF-8") from None
 
@@ -145,6 +152,12 @@ class _Reader:
                 return tuple(self.qid() for _ in self.several())
             case "d":
                 return self.take(self.number(4))
+            case "b":
+                return bytes(self.take(self.number(2)))
+            case "B":
+                return tuple(bytes(self.take(self.number(2))) for _ in self.several())
+            case "o":
+                return self.number(4) if self.at < len(self.octets) else 0
             case "S":
                 begin = self.at + 2
                 end = begin + self.number(2)
@@ -153,36 +166,87 @@ class _Reader:
                     raise Malformed("9p: a stat is not as long as its message says")
                 return found
             case _:
-                return self.number(int(kind))
+                raise ValueError(f"9p: no field is of kind {kind}")
 
 
-def tag_of(message: bytes) -> int:
+def tag_of(message: Octets) -> int:
     """The tag of a whole message (at least `HEADER` octets)."""
     return int.from_bytes(message[5:7], "little")
 
 
+class Codec:
+    """The messages of a dialect, octets <-> values.
+
+    `layouts` has, for each type of message, the dataclass of its values (`tag` is the first), and what the others are.
+    """
+
+    def __init__(self, layouts: Mapping[int, tuple[type[Any], str]], *, unix: bool = False) -> None:
+        self._unix = unix
+        self._layouts = {number: (kind, _steps(fields)) for number, (kind, fields) in layouts.items()}
+        self._numbers = {
+            kind: (number, _steps(fields), attrgetter("tag", *kind.__dataclass_fields__))
+            for number, (kind, fields) in layouts.items()
+        }
+
+    def parse(self, message: Octets) -> Any:
+        """One whole message, its size included; data are a view where `message` is. Raises `Malformed`."""
+        if len(message) < HEADER:
+            raise Malformed("9p: truncated header")
+        size, number, tag = _HEAD.unpack_from(message)
+        if size != len(message):
+            raise Malformed(f"9p: a message of {len(message)} octets says it has {size}")
+        layout = self._layouts.get(number)
+        if layout is None:
+            raise Malformed(f"9p: there is no message of type {number}")
+        kind, steps = layout
+        reader = _Reader(message, self._unix)
+        reader.at = HEADER
+        values: list[Any] = []
+        for step in steps:
+            if isinstance(step, str):
+                values.append(reader.field(step))
+            else:
+                values += step.unpack(reader.take(step.size))
+        if reader.at != len(message):
+            raise Malformed(f"9p: {len(message) - reader.at} octets behind a {kind.__name__}")
+        return kind(tag, *values)
+
+    def emit(self, message: Any) -> bytes:
+        """The inverse of `parse`."""
+        number, steps, values_of = self._numbers[type(message)]
+        _, tag, *values = values_of(message)  # twice the tag: of one name alone, attrgetter makes no tuple
+        left = iter(values)
+        body = b"".join(
+            _field(step, next(left), self._unix)
+            if isinstance(step, str)
+            else step.pack(*itertools.islice(left, len(step.format) - 1))
+            for step in steps
+        )
+        return _HEAD.pack(HEADER + len(body), number, tag) + body
+
+
+def _steps(fields: str) -> tuple[str | struct.Struct, ...]:
+    """What is taken off at once: a field, or ints in a row."""
+    runs = re.findall(r"\d+|\D", fields)
+    return tuple(
+        struct.Struct("<" + "".join(_INTS[octets] for octets in run)) if run.isdigit() else run for run in runs
+    )
+
+
+_CODECS: Final = (
+    Codec({number: (kind, fields) for number, (kind, fields, _) in _LAYOUTS.items()}),
+    Codec({number: (kind, fields + more) for number, (kind, fields, more) in _LAYOUTS.items()}, unix=True),
+)
+
+
 def parse(message: bytes, *, unix: bool = False) -> Message:
     """One whole message, its size included. Raises `Malformed`."""
-    if len(message) < HEADER:
-        raise Malformed("9p: truncated header")
-    size, number, tag = _HEAD.unpack_from(message)
-    if size != len(message):
-        raise Malformed(f"9p: a message of {len(message)} octets says it has {size}")
-    layout = _LAYOUTS.get(number)
-    if layout is None:
-        raise Malformed(f"9p: there is no message of type {number}")
-    kind, fields, more = layout
-    reader = _Reader(message, unix)
-    reader.at = HEADER
-    values = [reader.field(field) for field in fields + more * unix]
-    if reader.at != len(message):
-        raise Malformed(f"9p: {len(message) - reader.at} octets behind a {kind.__name__}")
-    made: Message = kind(tag, *values)
+    made: Message = _CODECS[unix].parse(message)
     return made
 
 
-def _string(text: str) -> bytes:
-    octets = text.encode()
+def _string(text: str | bytes) -> bytes:
+    octets = text if isinstance(text, bytes) else text.encode()
     if len(octets) > 0xFFFF:
         raise ValueError("9p: a string of more than 65535 octets")
     return len(octets).to_bytes(2, "little") + octets
@@ -214,11 +278,11 @@ def parse_stats(octets: bytes, *, unix: bool = False) -> list[Stat]:
 
 def _field(kind: str, value: Any, unix: bool) -> bytes:
     match kind:
-        case "s":
+        case "s" | "b":
             return _string(value)
         case "q":
             return _qid(value)
-        case "N":
+        case "N" | "B":
             return len(value).to_bytes(2, "little") + b"".join(map(_string, value))
         case "Q":
             return len(value).to_bytes(2, "little") + b"".join(map(_qid, value))
@@ -228,17 +292,12 @@ def _field(kind: str, value: Any, unix: bool) -> bytes:
             octets = emit_stat(value, unix=unix)
             return len(octets).to_bytes(2, "little") + octets
         case _:
-            octets = value.to_bytes(int(kind), "little")
-            return bytes(octets)
+            return int(value).to_bytes(4, "little")
 
 
 def emit(message: Message, *, unix: bool = False) -> bytes:
     """The inverse of `parse`."""
-    number = _NUMBERS[type(message)]
-    _, fields, more = _LAYOUTS[number]
-    tag, *values = (getattr(message, name) for name in message.__dataclass_fields__)
-    body = b"".join(_field(kind, value, unix) for kind, value in zip(fields + more * unix, values, strict=False))
-    return _HEAD.pack(HEADER + len(body), number, tag) + body
+    return _CODECS[unix].emit(message)
 
 
 class Decoder:
@@ -269,7 +328,8 @@ class Decoder:
             raise Malformed(f"9p: a message of {size} octets; from {HEADER} to {self.limit} are allowed here")
         if len(waiting) < size:
             return None
-        message = bytes(waiting[:size])
+        with memoryview(waiting) as view:
+            message = bytes(view[:size])
         del waiting[:size]
         return message
 
