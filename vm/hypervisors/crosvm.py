@@ -1,0 +1,84 @@
+"""crosvm, of Linux with KVM (spec companions 1.1-1.3, 2.2).
+
+Its own program carries orders to its control socket: `crosvm powerbtn|suspend|resume|stop SOCKET`. The console is on its standard input
+and output, for which we make the pty. Its virtiofs is its own.
+
+vsock is our vhost-user device where there is one, otherwise the kernel's. A card on a shared ring has the address that our network
+tells (`mac=` of the link); there is no word for it here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+from vm.api import Disk, Nic, Plan, Share, StateDir, VmSpec, VsockKind, VsockSpec
+from vm.hypervisors import caps
+from vm.hypervisors.tap import keeper
+from vm.hypervisors.words import flagged, mounts, plain
+
+NAME: Final = "crosvm"
+
+
+def plan(spec: VmSpec, state: StateDir) -> Plan:
+    caps.check(NAME, caps.caps_of(NAME), spec)
+    argv = [
+        *(NAME, "run"),
+        *("-s", str(state.monitor)),
+        *("--cpus", str(spec.cpus)),
+        *("--mem", str(spec.memory_mib)),
+        *("--serial", "type=stdout,hardware=serial,num=1,console=true,stdin=true"),
+        *flagged("--block", (_disk(disk) for disk in spec.disks)),
+        *_nics(spec),
+        *flagged("--shared-dir", (_share(share) for share in spec.shares if share.kind == "virtiofs")),
+        *_vsock(spec.vsock),
+        *(("--initrd", str(spec.initrd)) if spec.initrd is not None else ()),
+        *(("--params", spec.cmdline) if spec.cmdline else ()),
+        str(spec.kernel),
+        *spec.extra,
+    ]
+    return Plan(
+        driver=NAME,
+        argv=tuple(argv),
+        disks=spec.disks,
+        sidecars=tuple(keeper(nic) for nic in spec.nics if nic.kind == "tap"),
+        sockets=(state.monitor,),
+        console="stdio",
+        vsock=_vsock_kind(spec.vsock),
+        mounts=mounts(spec),
+    )
+
+
+def _nics(spec: VmSpec) -> Iterator[str]:
+    for nic in spec.nics:
+        if nic.kind == "tap":
+            yield from ("--net", _tap(nic))
+        elif nic.kind == "vhost-user":
+            yield from ("--vhost-user", f"type=net,socket={plain(NAME, 'network socket', nic.socket or '')}")
+
+
+def _tap(nic: Nic) -> str:
+    return f"tap-name={plain(NAME, 'tap', nic.tap)}" + (f",mac={nic.mac}" if nic.mac else "")
+
+
+def _disk(disk: Disk) -> str:
+    return f"path={plain(NAME, 'disk', disk.path)}" + (",ro=true" if disk.readonly else "")
+
+
+def _share(share: Share) -> str:
+    source = plain(NAME, "source of a share", share.source, forbidden=":")
+    return f"{source}:{plain(NAME, 'tag of a share', share.tag, forbidden=':')}:type=fs"
+
+
+def _vsock(vsock: VsockSpec | None) -> list[str]:
+    if vsock is None:
+        return []
+    if vsock.socket is None:
+        return ["--vsock", str(vsock.cid)]
+    return ["--vhost-user", f"type=vsock,socket={plain(NAME, 'vsock device', vsock.socket)}"]
+
+
+def _vsock_kind(vsock: VsockSpec | None) -> VsockKind | None:
+    if vsock is None:
+        return None
+    return "kernel" if vsock.socket is None else "vhost-user"

@@ -1,0 +1,66 @@
+"""Firecracker, of Linux with KVM (spec companions 1.1-1.3).
+
+It is started empty and told by REST what it is, each part by a call; the last one starts it. The console is on its standard input
+and output, for which we make the pty.
+
+**Network.** It has TAPs only, and opens the device by its name. A TAP has one program at its descriptor: that is Firecracker, so
+our network takes the other side, the interface: `--link packet:NAME`. `vm.hypervisors.tap` makes such a TAP and keeps the host's own
+network stack out of it; it must be there before the network is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from vm.api import Disk, Nic, Plan, RestCall, StateDir, VmSpec
+from vm.hypervisors import caps
+from vm.hypervisors.tap import keeper
+from vm.hypervisors.words import HYBRID
+
+NAME: Final = "firecracker"
+
+
+def plan(spec: VmSpec, state: StateDir) -> Plan:
+    caps.check(NAME, caps.caps_of(NAME), spec)
+    return Plan(
+        driver=NAME,
+        argv=(NAME, "--id", str(spec.uuid), "--api-sock", str(state.monitor), *spec.extra),
+        disks=spec.disks,
+        sidecars=tuple(keeper(nic) for nic in spec.nics if nic.kind == "tap"),
+        rest=tuple(_calls(spec)),
+        sockets=(state.monitor,) if spec.vsock is None else (state.monitor, spec.vsock.directory / HYBRID),
+        console="stdio",
+        vsock=None if spec.vsock is None else "hybrid",
+    )
+
+
+def _calls(spec: VmSpec) -> Iterator[RestCall]:
+    yield _put("/machine-config", {"vcpu_count": spec.cpus, "mem_size_mib": spec.memory_mib})
+    boot = {"kernel_image_path": str(spec.kernel)}
+    if spec.initrd is not None:
+        boot["initrd_path"] = str(spec.initrd)
+    if spec.cmdline:
+        boot["boot_args"] = spec.cmdline
+    yield _put("/boot-source", boot)
+    for number, disk in enumerate(spec.disks):
+        yield _drive(f"disk{number}", disk)
+    for number, nic in enumerate(nic for nic in spec.nics if nic.kind != "none"):
+        yield _interface(f"eth{number}", nic)
+    if spec.vsock is not None:
+        yield _put("/vsock", {"guest_cid": spec.vsock.cid, "uds_path": str(spec.vsock.directory / HYBRID)})
+    yield _put("/actions", {"action_type": "InstanceStart"})
+
+
+def _put(path: str, body: Mapping[str, Any]) -> RestCall:
+    return RestCall(method="PUT", path=path, body=body)
+
+
+def _drive(name: str, disk: Disk) -> RestCall:
+    body = {"drive_id": name, "path_on_host": str(disk.path), "is_root_device": False, "is_read_only": disk.readonly}
+    return _put(f"/drives/{name}", body)
+
+
+def _interface(name: str, nic: Nic) -> RestCall:
+    body = {"iface_id": name, "host_dev_name": nic.tap}
+    return _put(f"/network-interfaces/{name}", {**body, "guest_mac": nic.mac} if nic.mac else body)

@@ -1,0 +1,117 @@
+"""A TAP device for a hypervisor that has nothing else: made, kept from the host's own network stack, removed (Linux, CAP_NET_ADMIN).
+
+    python -m vm.hypervisors.tap --name vmtap0        # until SIGTERM or SIGINT
+    pyvpnkit run --link packet:vmtap0                 # afterwards: our network is at the interface
+    firecracker ... host_dev_name vmtap0              # the hypervisor is at the descriptor
+
+A TAP has one program at its descriptor, so our own `tap:` link cannot be beside a hypervisor there. What comes out of the guest arrives
+at the interface like frames from a wire: at our network, which reads all of them (AF_PACKET), and then at the host's own stack,
+where the guest would reach every service of the host that listens on all addresses, past the rules of our network. So a filter drops
+all frames behind the point where they are read, and the interface has no IPv6.
+
+A device that exists is left as it is, but for one that we left behind (its alias says so), which is set up anew and removed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from netstack.errors import ConfigError
+from vm.api import Lost, Nic, Sidecar
+
+_ALIAS: Final = "pyvpnkit"
+_SYSTEM: Final = "/usr/sbin:/sbin"
+MAX_NAME: Final = 15  # IFNAMSIZ, with the zero behind it
+
+
+def keeper(nic: Nic) -> Sidecar:
+    """What makes `nic`'s TAP. It has to be ready before the network's daemon starts, whose link is `packet:NAME`."""
+    words = ("--name", nic.tap, "--mtu", str(nic.mtu), "--ready-fd", "{ready_fd}")
+    return Sidecar(name=f"tap-{nic.tap}", argv=(sys.executable, "-m", __name__, *words), lost=Lost.DEGRADED)
+
+
+class Tap:
+    """The device `name`, there and up after `__init__`. Raises `ConfigError`."""
+
+    def __init__(self, name: str, *, mtu: int = 1500, uid: int | None = None) -> None:
+        if not 0 < len(name.encode()) <= MAX_NAME or any(one in "/: \t\n" for one in name) or name in (".", ".."):
+            raise ConfigError(
+                f"tap {name!r}: not a name of an interface; it has 1 to {MAX_NAME} octets and no / : or space"
+            )
+        self.name = name
+        self._ours = False
+        if (found := Path("/sys/class/net") / name).exists():
+            if not (found / "tun_flags").exists():
+                raise ConfigError(
+                    f"tap {name}: there is an interface of that name which is no TAP; choose another name"
+                )
+            if (found / "ifalias").read_text().strip() != _ALIAS:
+                return
+            _run("ip", "link", "delete", name)
+        _run("ip", "tuntap", "add", "dev", name, "mode", "tap", "user", str(os.getuid() if uid is None else uid))
+        self._ours = True
+        try:
+            self._set_up(mtu)
+        except ConfigError:
+            self.close()
+            raise
+
+    def _set_up(self, mtu: int) -> None:
+        _run("ip", "link", "set", "dev", self.name, "alias", _ALIAS, "mtu", str(mtu))
+        ipv6 = Path(f"/proc/sys/net/ipv6/conf/{self.name}/disable_ipv6")
+        try:
+            if ipv6.exists():
+                ipv6.write_text("1")
+        except OSError as error:
+            raise ConfigError(f"tap {self.name}: {ipv6}: {error.strerror}") from None
+        _run("tc", "qdisc", "add", "dev", self.name, "clsact")
+        _run("tc", "filter", "add", "dev", self.name, "ingress", "matchall", "action", "drop")
+        _run("ip", "link", "set", "dev", self.name, "up")
+
+    def close(self) -> None:
+        """Remove it where it was made here."""
+        if self._ours:
+            self._ours = False
+            _run("ip", "link", "delete", self.name)
+
+
+def _run(program: str, *words: str) -> None:
+    path = shutil.which(program, path=f"{os.environ.get('PATH', '')}:{_SYSTEM}")
+    if path is None:
+        raise ConfigError(f"a TAP is made with '{program}'; install the package iproute2")
+    done = subprocess.run([path, *words], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        raise ConfigError(f"{program} {' '.join(words)}: {done.stderr.strip()}; a TAP is made with CAP_NET_ADMIN")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = argparse.ArgumentParser(prog="python -m vm.hypervisors.tap", description="Make and keep a TAP device.")
+    options.add_argument("--name", required=True, help="of the device, for instance vmtap0")
+    options.add_argument("--mtu", type=int, default=1500, help="default: 1500")
+    options.add_argument("--uid", type=int, help="of the user who may open it; default: ours")
+    options.add_argument("--ready-fd", type=int, metavar="N", help="descriptor that is closed when the device is there")
+    chosen = options.parse_args(argv)
+    ends = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # one that comes while it is made waits until it can be removed
+    try:
+        tap = Tap(chosen.name, mtu=chosen.mtu, uid=chosen.uid)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 1
+    if chosen.ready_fd is not None:
+        os.close(chosen.ready_fd)
+    signal.sigwait(ends)
+    tap.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
