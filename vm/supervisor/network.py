@@ -1,0 +1,152 @@
+"""The network behind a machine: a `pyvpnkit run` of its own, and what is asked of it by its control API (docs/control.md).
+
+It is started without ports: those are published when the machine is ready, and taken back before it goes. What a guest may ask for
+itself (`control` of vsock's ports) is served at a socket where its forwards are its own, `port.sock`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from typing import Any, Final
+from urllib.parse import quote
+
+import aiohttp
+
+from netstack.errors import ConfigError, HostError
+from vm.api import Lost, Nic, NicKind, Sidecar, StateDir, VsockKind
+from vm.settings import VmSettings
+
+LIMIT_S: Final = 10.0
+NAME: Final = "network"
+
+LINKS: Final[Mapping[NicKind, str]] = {
+    "vhost-user": "vhost-user",
+    "qemu-stream": "qemu",
+    "qemu-dgram": "unixgram",
+    "unixgram": "unixgram",
+    "vmnet": "vmnet",
+    "tap": "tap",
+}
+"""The scheme of `--link` for each kind of card."""
+
+REJOINING: Final[frozenset[NicKind]] = frozenset({"vhost-user", "qemu-dgram", "unixgram", "tap"})
+"""Links whose other end goes on when the daemon comes again, where the hypervisor lets it (DESIGN 9: "daemon lost")."""
+
+log = logging.getLogger("vm.supervisor")
+
+
+def sidecar(settings: VmSettings, nic: Nic, state: StateDir, vsock: VsockKind | None) -> Sidecar:
+    """How the network of a machine is started."""
+    scheme = LINKS[nic.kind]
+    where = f"name={nic.tap}" if nic.kind == "tap" else str(nic.socket)
+    argv = [sys.executable, "-m", "pyvpnkit", "run"]
+    if settings.network.config is not None:
+        argv += ["--config", str(settings.network.config)]
+    argv += ["--link", f"{scheme}:{where}"]
+    argv += ["--mtu", str(nic.mtu)]
+    argv += ["--state-dir", str(state.path / "network"), "--control-socket", str(state.network_control)]
+    if nic.preferred_ip is not None and nic.mac:
+        argv += ["--static-lease", f"{nic.mac}={nic.preferred_ip}"]
+    ports = settings.vsock_ports
+    if "control" in ports:
+        argv += ["--port", str(state.socket("port.sock"))]
+    if "forwarder" in ports and (how := forwarder(settings, state, vsock)):
+        argv += ["--forwarder", how]
+    argv += [*settings.network.options, "--ready-fd", "{ready_fd}"]
+    return Sidecar(name=NAME, argv=tuple(argv), lost=Lost.RESTART)
+
+
+def forwarder(settings: VmSettings, state: StateDir, vsock: VsockKind | None) -> str:
+    """How the network reaches VPNKit's forwarder in the guest; empty where it cannot."""
+    port = settings.vsock_ports["forwarder"]
+    generation = settings.vsock.forwarder_generation if settings.vsock is not None else 3
+    match vsock:
+        case "hyperkit" | "vhost-user":
+            cid = settings.vsock.cid if settings.vsock is not None else 3
+            return f"hyperkit:{state.vsock}/connect,cid={cid},port={port},generation={generation}"
+        case "hybrid":
+            return f"connect:{state.vsock}/vsock,port={port},generation={generation}"
+        case "per-port":
+            return f"unix:{state.vsock}/{port}.sock,generation={generation}"
+    return ""  # AF_VSOCK is none of the daemon's ways
+
+
+class Network:
+    """Asks the daemon behind the control socket at `state.network_control`."""
+
+    def __init__(self, state: StateDir) -> None:
+        self._path = str(state.network_control)
+
+    async def leases(self) -> list[dict[str, Any]]:
+        """Who has which address. Raises `HostError`, as the others do."""
+        found = await self._ask("GET", "/v1/leases")
+        leases = found.get("leases", [])
+        return [one for one in leases if isinstance(one, dict)] if isinstance(leases, list) else []
+
+    async def address(self, mac: str) -> str | None:
+        """The guest's address, once it has taken a lease."""
+        for one in await self.leases():
+            if one.get("mac") == mac and one.get("expires_in_s") is not None:
+                return str(one["address"])
+        return None
+
+    async def publish(self, spec: str) -> str:
+        """The forward's text, with its real port."""
+        return str((await self._ask("POST", "/v1/forwards", {"spec": spec}))["spec"])
+
+    async def unpublish(self, spec: str) -> None:
+        """Nothing where it is not published."""
+        await self._ask("DELETE", f"/v1/forwards?spec={quote(spec, safe='')}", missing_ok=True)
+
+    async def accepts(self, address: str, port: int) -> bool:
+        """Whether a port of a guest takes connections."""
+        try:
+            streams = await self.tunnel(address, port)
+        except HostError:
+            return False
+        streams[1].close()
+        return True
+
+    async def tunnel(
+        self, address: str, port: int, *, limit_s: float = LIMIT_S
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A stream to a port of a guest (gvproxy's /tunnel, docs/ports.md)."""
+        try:
+            async with asyncio.timeout(limit_s):
+                reader, writer = await asyncio.open_unix_connection(self._path)
+                try:
+                    writer.write(f"POST /tunnel?ip={address}&port={port} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n".encode())
+                    answer = await reader.readexactly(2)
+                    if answer != b"OK":
+                        raise HostError(f"port {port} of the guest at {address}: not connected")
+                except BaseException:
+                    writer.close()
+                    raise
+                return reader, writer
+        except (OSError, EOFError, TimeoutError) as error:
+            raise HostError(f"port {port} of the guest at {address}: {error or 'no answer'}") from None
+
+    async def _ask(
+        self, method: str, target: str, body: dict[str, Any] | None = None, *, missing_ok: bool = False
+    ) -> dict[str, Any]:
+        try:
+            async with (
+                aiohttp.ClientSession(
+                    connector=aiohttp.UnixConnector(self._path), timeout=aiohttp.ClientTimeout(total=LIMIT_S)
+                ) as session,
+                session.request(method, f"http://network{target}", json=body) as answer,
+            ):
+                found = json.loads(await answer.read())
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+            raise HostError(f"the network does not answer: {error or 'not in time'}") from None
+        if answer.status == 404 and missing_ok:
+            return {}
+        if answer.status >= 400 or not isinstance(found, dict):
+            message = found.get("message") if isinstance(found, dict) else None
+            words = str(message or f"the network answered {answer.status}")
+            raise ConfigError(words) if answer.status == 400 else HostError(words)
+        return found
