@@ -1,7 +1,7 @@
 """crosvm, of Linux with KVM (spec companions 1.1-1.3, 2.2).
 
-Its own program carries orders to its control socket: `crosvm powerbtn|suspend|resume|stop SOCKET`. The console is on its standard input
-and output, for which we make the pty. Its virtiofs is its own.
+Its own program carries orders to its control socket: `crosvm powerbtn|suspend|resume|stop SOCKET`. The console is on its standard
+input and output, for which we make the pty. Its virtiofs is its own.
 
 vsock is our vhost-user device where there is one, otherwise the kernel's. A card on a shared ring has the address that our network
 tells (`mac=` of the link); there is no word for it here.

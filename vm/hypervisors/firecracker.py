@@ -4,8 +4,8 @@ It is started empty and told by REST what it is, each part by a call; the last o
 and output, for which we make the pty.
 
 **Network.** It has TAPs only, and opens the device by its name. A TAP has one program at its descriptor: that is Firecracker, so
-our network takes the other side, the interface: `--link packet:NAME`. `vm.hypervisors.tap` makes such a TAP and keeps the host's own
-network stack out of it; it must be there before the network is.
+our network takes the other side, the interface: `--link packet:NAME`. `vm.hypervisors.tap` makes such a TAP and keeps the host's
+own network stack out of it; it must be there before the network is.
 """
 
 from __future__ import annotations

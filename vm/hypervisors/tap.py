@@ -1,13 +1,14 @@
-"""A TAP device for a hypervisor that has nothing else: made, kept from the host's own network stack, removed (Linux, CAP_NET_ADMIN).
+"""A TAP device for a hypervisor that has nothing else, kept from the host's own network stack (Linux, CAP_NET_ADMIN).
 
     python -m vm.hypervisors.tap --name vmtap0        # until SIGTERM or SIGINT
     pyvpnkit run --link packet:vmtap0                 # afterwards: our network is at the interface
     firecracker ... host_dev_name vmtap0              # the hypervisor is at the descriptor
 
-A TAP has one program at its descriptor, so our own `tap:` link cannot be beside a hypervisor there. What comes out of the guest arrives
-at the interface like frames from a wire: at our network, which reads all of them (AF_PACKET), and then at the host's own stack,
-where the guest would reach every service of the host that listens on all addresses, past the rules of our network. So a filter drops
-all frames behind the point where they are read, and the interface has no IPv6.
+A TAP has one program at its descriptor, so our own `tap:` link cannot be beside a hypervisor there. What comes out of the guest
+arrives at the interface like frames from a wire: at our network, which reads all of them (AF_PACKET), and then at the host's own
+stack, where the guest would reach every service of the host that listens on all addresses, past the rules of our network. `_SHIELD`
+is what keeps it out: the host answers no ARP there, takes no packet for itself out of a broadcast frame, and its MAC address, by
+which alone it takes others, is never sent. (A filter of `tc` would be plainer, but not every kernel has one that drops.)
 
 A device that exists is left as it is, but for one that we left behind (its alias says so), which is set up anew and removed.
 """
@@ -28,6 +29,13 @@ from netstack.errors import ConfigError
 from vm.api import Lost, Nic, Sidecar
 
 _ALIAS: Final = "pyvpnkit"
+_SHIELD: Final = {
+    "ipv6/disable_ipv6": "1",  # no link-local address, no advertisement of ours that the host would follow
+    "ipv4/arp_ignore": "8",
+    "ipv4/drop_unicast_in_l2_multicast": "1",
+    "ipv4/rp_filter": "1",  # nothing is routed there, so no source is right
+    "ipv4/forwarding": "0",
+}
 _SYSTEM: Final = "/usr/sbin:/sbin"
 MAX_NAME: Final = 15  # IFNAMSIZ, with the zero behind it
 
@@ -66,14 +74,15 @@ class Tap:
 
     def _set_up(self, mtu: int) -> None:
         _run("ip", "link", "set", "dev", self.name, "alias", _ALIAS, "mtu", str(mtu))
-        ipv6 = Path(f"/proc/sys/net/ipv6/conf/{self.name}/disable_ipv6")
-        try:
-            if ipv6.exists():
-                ipv6.write_text("1")
-        except OSError as error:
-            raise ConfigError(f"tap {self.name}: {ipv6}: {error.strerror}") from None
-        _run("tc", "qdisc", "add", "dev", self.name, "clsact")
-        _run("tc", "filter", "add", "dev", self.name, "ingress", "matchall", "action", "drop")
+        for setting, value in _SHIELD.items():
+            version, _, leaf = setting.partition("/")
+            path = Path(f"/proc/sys/net/{version}/conf/{self.name}/{leaf}")
+            if version == "ipv6" and not path.exists():
+                continue  # a host without IPv6
+            try:
+                path.write_text(value)
+            except OSError as error:
+                raise ConfigError(f"tap {self.name}: {path}: {error.strerror}") from None
         _run("ip", "link", "set", "dev", self.name, "up")
 
     def close(self) -> None:
@@ -89,7 +98,7 @@ def _run(program: str, *words: str) -> None:
         raise ConfigError(f"a TAP is made with '{program}'; install the package iproute2")
     done = subprocess.run([path, *words], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     if done.returncode:
-        raise ConfigError(f"{program} {' '.join(words)}: {done.stderr.strip()}; a TAP is made with CAP_NET_ADMIN")
+        raise ConfigError(f"{program} {' '.join(words)}: {done.stderr.strip()} (it needs CAP_NET_ADMIN)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

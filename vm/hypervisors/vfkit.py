@@ -1,7 +1,7 @@
 """vfkit, of macOS: Apple's Virtualization.framework (spec companions 1.1-1.3, 2.2).
 
-Its REST API takes Stop, HardStop, Pause and Resume; the console's pty is named in the answer to `/vm/inspect`. The guest's console is
-`hvc0`. There is a device for each vsock port, in each direction, so both have to be known beforehand. Its virtiofs is its own:
+Its REST API takes Stop, HardStop, Pause and Resume; the console's pty is named in the answer to `/vm/inspect`. The guest's console
+is `hvc0`. There is a device for each vsock port, in each direction, so both have to be known beforehand. Its virtiofs is its own:
 files act as the user that runs it.
 """
 

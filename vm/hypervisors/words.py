@@ -14,7 +14,7 @@ HYBRID: Path = Path("vsock")
 
 
 def plain(driver: str, setting: str, value: str | Path, forbidden: str = ",") -> str:
-    """`value` as a part of a word that `driver` divides at any of `forbidden`, which it cannot write otherwise. Raises `ConfigError`."""
+    """`value` as a part of a word that `driver` divides at `forbidden`, without a way to write those. Raises `ConfigError`."""
     text = str(value)
     for one in forbidden:
         if one in text:
