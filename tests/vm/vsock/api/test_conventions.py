@@ -42,14 +42,12 @@ async def backwards(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) 
     writer.write((await reader.read())[::-1])
     await writer.drain()
     writer.write_eof()
-    writer.close()
 
 
 async def hyperkit_lines(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     line = await reader.readexactly(18)
     if line == b"00000003.%08x\n" % OPEN:
         await backwards(reader, writer)
-    writer.close()
 
 
 async def hybrid_lines(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -57,15 +55,23 @@ async def hybrid_lines(reader: asyncio.StreamReader, writer: asyncio.StreamWrite
     if line == b"CONNECT %d\n" % OPEN:
         writer.write(b"OK 1073741824\n")
         await backwards(reader, writer)
-    writer.close()
 
 
 @asynccontextmanager
 async def listening(path: Path, talk: Talk) -> AsyncIterator[None]:
-    server = await asyncio.start_unix_server(talk, path)
-    async with server:
+    talking: set[asyncio.Task[None]] = set()
+
+    async def one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await talk(reader, writer)
+        writer.close()
+        await writer.wait_closed()
+
+    def come(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        talking.add(asyncio.create_task(one(reader, writer)))
+
+    async with await asyncio.start_unix_server(come, path):
         yield
-        server.close()
+    await asyncio.wait_for(asyncio.gather(*talking, return_exceptions=True), LIMIT_S)
 
 
 class Kernel(socket.socket):
@@ -219,7 +225,6 @@ async def test_a_strange_answer_of_the_hypervisor_is_shown(directory: Path, answ
         await reader.readline()
         writer.write(answer)
         await reader.read()
-        writer.close()
 
     async with listening(directory / "v.sock", strange):
         with pytest.raises(HostError, match="the hypervisor answered"):
@@ -230,7 +235,6 @@ async def test_what_follows_the_hypervisors_line_is_the_guests(directory: Path) 
     async def hasty(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readline()
         writer.write(b"OK 5\nOK 6\nhello")
-        writer.close()
 
     async with listening(directory / "v.sock", hasty):
         reader, writer = await HybridVsock(directory / "v.sock").connect(OPEN)
@@ -242,7 +246,6 @@ async def test_what_follows_the_hypervisors_line_is_the_guests(directory: Path) 
 async def test_a_hypervisor_that_never_answers_is_given_up(directory: Path) -> None:
     async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
-        writer.close()
 
     async with listening(directory / "v.sock", silent):
         with pytest.raises(HostError, match=r"no answer within 0\.05 s"):
