@@ -124,7 +124,8 @@ class Reader:
         try:
             return cls(**given)
         except ConfigError as error:
-            self._complaints.add(value.mark, f"{what}: {error}")
+            if tried == given.keys() - {_HIDDEN}:  # else it may be for want of what was complained about
+                self._complaints.add(value.mark, f"{what}: {error}")
             return None
 
     def _value(self, hint: Any, value: Value, what: str, check: Check | None) -> Any:

@@ -82,7 +82,14 @@ def _check(machine: LinuxKit, complaints: Complaints) -> None:
             if first is not one.mark:
                 complaints.add(one.mark, f"a {what} {one.name!r} is at {first} already; give each a name of its own")
     known_ids = ids(machine)
+    volumes = [volume.name for volume in machine.volumes]
     for image in machine.containers:
+        for bind in (image.binds or ()) + (image.binds_add or ()):
+            source = bind.partition(":")[0]
+            if not source.startswith("/") and source not in volumes:
+                complaints.add(
+                    image.mark, f"{image.name}: binds: no volume is named {quoted(source)}; write /{source}, or add it"
+                )
         for field in ("uid", "gid", "additional_gids"):
             _ids(image.mark, f"{image.name}: {field}", getattr(image, field), known_ids, complaints)
     for file in machine.files:

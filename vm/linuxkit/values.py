@@ -110,7 +110,7 @@ def path(value: str) -> str:
 
 def file_path(value: str) -> str:
     """Where a file goes. LinuxKit takes it from the root, with or without the slash."""
-    if posixpath.normpath("/" + text(value)) == "/" or ".." in value.split("/"):
+    if posixpath.normpath("/" + text(value).lstrip("/")) == "/" or ".." in value.split("/"):
         raise ConfigError(f"{quoted(value)} names no file below the root; write a path such as etc/motd, without ..")
     return value
 
