@@ -405,6 +405,7 @@ class FileShare(Protocol):
     kind: ShareKind
     owners: frozenset[Owner]
 
-    def plan(self, share: Share, state: StateDir) -> Endpoint:
-        """Pure. Raises `Unsupported` for an owner policy that it has not, or what the server cannot do."""
+    def plan(self, share: Share, state: StateDir, index: int = 0) -> Endpoint:
+        """Pure. `index` counts the machine's shares of this kind. Raises `Unsupported` for an owner policy that it has not, or what
+        the server cannot do."""
         ...
