@@ -94,7 +94,11 @@ class HttpControl:
     async def unexpose(self) -> None:
         port, self._port = self._port, None
         if port is not None:
-            await self._ask("DELETE", f"/forwards/unexpose/{self._kind(port)}", port.json())
+            await self.remove(port)
+
+    async def remove(self, port: Port) -> None:
+        """Unexpose `port` as `list` describes it, whoever exposed it."""
+        await self._ask("DELETE", f"/forwards/unexpose/{self._kind(port)}", port.json())
 
     async def list(self) -> list[Port]:
         """Everything exposed, by whomever."""
