@@ -18,7 +18,6 @@ from netstack.errors import Malformed
 from portfwd.ninep.messages import (
     MAX_WALK,
     Message,
-    Qid,
     Rattach,
     Rauth,
     Rclunk,
@@ -48,6 +47,7 @@ from portfwd.ninep.messages import (
     Twrite,
     Twstat,
 )
+from portfwd.ninep.messages import Qid as Qid  # for other dialects
 
 HEADER: Final = 7
 """Octets of `size type tag`: the shortest message."""
