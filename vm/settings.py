@@ -9,6 +9,8 @@ The smallest file says what to boot:
     boot: {kernel: vmlinuz, initrd: initrd.img}
 """
 
+# ruff: noqa: RUF009  # `key` makes a `dataclasses.field` each
+
 from __future__ import annotations
 
 import dataclasses
@@ -56,7 +58,9 @@ _SIZES: Final = {"": 1 << 20, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 <
 def name(text: str) -> str:
     """A name that may stand in paths of sockets."""
     if not _NAME.fullmatch(text):
-        raise ConfigError(f"{quoted(text)} cannot be a name; write up to 32 letters, digits, - _ and ., a letter or digit first")
+        raise ConfigError(
+            f"{quoted(text)} cannot be a name; write up to 32 letters, digits, - _ and ., a letter or digit first"
+        )
     return text
 
 
@@ -92,7 +96,9 @@ def seconds(text: str) -> float:
     found = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,6})?) ?(s|m|min|h)?", text)
     value = float(found[1]) * {"m": 60, "min": 60, "h": 3600}.get(found[2] or "", 1) if found else -1.0
     if not 0 <= value <= 86400:
-        raise ConfigError(f"{quoted(text)} is no time; write seconds such as 30 or 0.5, or minutes such as 5m; a day at most")
+        raise ConfigError(
+            f"{quoted(text)} is no time; write seconds such as 30 or 0.5, or minutes such as 5m; a day at most"
+        )
     return value
 
 
@@ -130,7 +136,9 @@ def mac(text: str) -> str:
         return ""
     bare = text.lower().replace("-", ":")
     if not re.fullmatch(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}", bare) or int(bare[:2], 16) & 1 or bare == "00:00:00:00:00:00":
-        raise ConfigError(f"{quoted(text)} is no address of a card; write auto, or one such as 5a:94:ef:e4:0c:ee (second digit even)")
+        raise ConfigError(
+            f"{quoted(text)} is no address of a card; write auto, or one such as 5a:94:ef:e4:0c:ee (second digit even)"
+        )
     return bare
 
 
@@ -168,7 +176,9 @@ def probe(text: str) -> str:
         try:
             re.compile(rest)
         except re.error as error:
-            raise ConfigError(f"{quoted(text)}: {error}; write a regular expression of Python's behind console:") from None
+            raise ConfigError(
+                f"{quoted(text)}: {error}; write a regular expression of Python's behind console:"
+            ) from None
         if not rest:
             raise ConfigError("console: write what a line has to say, such as console:login:")
     elif rest:
@@ -432,18 +442,26 @@ class _Judge:
             self._complaints.add(self._at("boot"), "boot: an initrd without a kernel; name the kernel too")
         if boot.linuxkit is None and boot.kernel is None and not found.disks:
             self._complaints.add(
-                self._at("boot"), "boot: there is nothing to boot; write linuxkit: FILE.yml, or kernel: and initrd:, or disks"
+                self._at("boot"),
+                "boot: there is nothing to boot; write linuxkit: FILE.yml, or kernel: and initrd:, or disks",
             )
         if found.network.kind == "tap" and not found.network.tap:
             self._complaints.add(self._at("network"), "network: tap needs the name of the TAP; write tap: NAME")
         if found.network.kind == "none":
-            for what, given in (("publish", bool(found.publish)), ("docker_socket", bool(found.docker and found.docker.tcp))):
+            for what, given in (
+                ("publish", bool(found.publish)),
+                ("docker_socket", bool(found.docker and found.docker.tcp)),
+            ):
                 if given:
                     self._complaints.add(self._at(what), f"{what}: needs a network, and network is none")
         if found.docker is not None and found.docker.port and found.docker.tcp:
-            self._complaints.add(self._at("docker_socket"), "docker_socket: port is vsock's; give port or tcp, not both")
+            self._complaints.add(
+                self._at("docker_socket"), "docker_socket: port is vsock's; give port or tcp, not both"
+            )
         if found.ready.probe == "docker" and found.docker is None:
-            self._complaints.add(self._at("ready"), "ready: docker asks through docker_socket; add it, or another probe")
+            self._complaints.add(
+                self._at("ready"), "ready: docker asks through docker_socket; add it, or another probe"
+            )
         if found.ready.probe in ("lease",) or (found.ready.probe or "").startswith("tcp:"):
             if found.network.kind == "none":
                 self._complaints.add(self._at("ready"), "ready: needs a network, and network is none; try console:TEXT")
@@ -465,7 +483,8 @@ class _Judge:
             for seen, word, label in ((tags, tag_of(share, number), "tag"), (targets, share.target, "target")):
                 if word in seen:
                     self._complaints.add(
-                        self._at("shares", number), f"shares: {label} {quoted(word)} is that of share {seen[word] + 1} too"
+                        self._at("shares", number),
+                        f"shares: {label} {quoted(word)} is that of share {seen[word] + 1} too",
                     )
                 seen.setdefault(word, number)
             if len(tag_of(share, number)) > 31:
@@ -525,7 +544,8 @@ def _default_name(file: Path) -> str:
 def disks_of(found: VmSettings) -> tuple[Disk, ...]:
     """As hypervisors want them."""
     return tuple(
-        Disk(path=one.path, size=one.size, format=one.format, readonly=one.readonly, discard=one.discard) for one in found.disks
+        Disk(path=one.path, size=one.size, format=one.format, readonly=one.readonly, discard=one.discard)
+        for one in found.disks
     )
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
 
-from netstack.errors import ConfigError
 from vm.api import Caps, Hypervisor, Nic, NicKind, Plan, ShareKind, Sidecar, StateDir, Unsupported, VmSpec, VsockSpec
+from vm.filesystems import registry
 from vm.settings import SHARE_KINDS, ShareSettings, VmSettings, disks_of, shares_of
 from vm.supervisor import network
 from vm.supervisor.home import Home
@@ -31,6 +31,10 @@ class Design:
     plan: Plan
     caps: Caps
     network: Sidecar | None
+    sidecars: tuple[Sidecar, ...]
+    """All but the network: servers of shares, and what the hypervisor wants."""
+    mounts: tuple[str, ...]
+    """What the guest has to run, as root, to have the shares."""
 
     @property
     def rejoins(self) -> bool:
@@ -113,16 +117,28 @@ def design(settings: VmSettings, home: Home, driver: Hypervisor) -> Design:
     plan = driver.plan(spec, home.state)
     if settings.hypervisor.binary is not None and plan.argv:
         plan = dataclasses.replace(plan, argv=(str(settings.hypervisor.binary), *plan.argv[1:]))
-    names = [one.name for one in plan.sidecars]
-    if len(set(names)) < len(names) or network.NAME in names:
-        raise ConfigError(f"{driver.name}: two programs beside the machine have one name: {', '.join(names)}")
+    endpoints = registry.endpoints(spec, home.state, driver.caps)
+    sidecars = {one.name: one for endpoint in endpoints for one in endpoint.sidecars}
+    sidecars |= {one.name: one for one in plan.sidecars}
+    sidecars.pop(network.NAME, None)
+    mounts = plan.mounts or tuple(endpoint.mount for endpoint in endpoints if endpoint.mount)
     beside = network.sidecar(settings, spec.nics[0], home.state, plan.vsock) if spec.nics else None
-    return Design(spec=spec, plan=plan, caps=driver.caps, network=beside)
+    return Design(
+        spec=spec, plan=plan, caps=driver.caps, network=beside, sidecars=tuple(sidecars.values()), mounts=mounts
+    )
 
 
 def _check_paths(state: StateDir) -> None:
     """All sockets can be bound; said before anything is begun."""
-    for _ in (state.network, state.network_control, state.control, state.docker, state.monitor, state.vsock, state.vsock_device):
+    for _ in (
+        state.network,
+        state.network_control,
+        state.control,
+        state.docker,
+        state.monitor,
+        state.vsock,
+        state.vsock_device,
+    ):
         pass
     state.socket("port.sock")
 
@@ -136,7 +152,9 @@ def missing(settings: VmSettings) -> list[str]:
         "boot.initrd": settings.boot.initrd,
         "network.config": settings.network.config,
     }
-    complaints += [f"{what}: {path} is no file" for what, path in files.items() if path is not None and not path.is_file()]
+    complaints += [
+        f"{what}: {path} is no file" for what, path in files.items() if path is not None and not path.is_file()
+    ]
     for share in settings.shares:
         if not share.source.is_dir():
             complaints.append(f"shares: {share.source} is no directory; make it, or name another as source")

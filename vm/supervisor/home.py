@@ -213,7 +213,10 @@ def mac_of(known: uuid.UUID) -> str:
 
 
 def find(word: str, state_dir: Path | None, name_of: Callable[[Path], str]) -> tuple[Home, Path | None]:
-    """The directory of the machine that somebody calls `word`, its name or its file, and the file. `name_of` reads a file's name."""
+    """The directory of the machine that somebody calls `word`, which is its name or its file, and the file.
+
+    `name_of` reads the name out of a file.
+    """
     as_file = Path(word)
     is_file = "/" in word or as_file.suffix in (".yml", ".yaml")
     if is_file:

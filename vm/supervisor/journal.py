@@ -10,7 +10,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any, Final
 
 KEPT: Final = 256
@@ -63,7 +63,7 @@ class Journal:
         """The id of the last one."""
         return self._last
 
-    async def read(self, after: int = 0) -> AsyncIterator[Entry]:
+    async def read(self, after: int = 0) -> AsyncGenerator[Entry, None]:
         """All events that are kept with an id above `after`, and then those that come."""
         queue: asyncio.Queue[Entry | None] = asyncio.Queue(KEPT)
         self._readers.add(queue)

@@ -42,7 +42,7 @@ log = logging.getLogger("vm.supervisor")
 def sidecar(settings: VmSettings, nic: Nic, state: StateDir, vsock: VsockKind | None) -> Sidecar:
     """How the network of a machine is started."""
     scheme = LINKS[nic.kind]
-    where = f"name={nic.tap}" if nic.kind == "tap" else str(nic.socket)
+    where = nic.tap if nic.kind == "tap" else str(nic.socket).replace(",", ",,")
     argv = [sys.executable, "-m", "pyvpnkit", "run"]
     if settings.network.config is not None:
         argv += ["--config", str(settings.network.config)]
@@ -64,14 +64,14 @@ def forwarder(settings: VmSettings, state: StateDir, vsock: VsockKind | None) ->
     """How the network reaches VPNKit's forwarder in the guest; empty where it cannot."""
     port = settings.vsock_ports["forwarder"]
     generation = settings.vsock.forwarder_generation if settings.vsock is not None else 3
+    cid = settings.vsock.cid if settings.vsock is not None else 3
     match vsock:
         case "hyperkit" | "vhost-user":
-            cid = settings.vsock.cid if settings.vsock is not None else 3
             return f"hyperkit:{state.vsock}/connect,cid={cid},port={port},generation={generation}"
         case "hybrid":
             return f"connect:{state.vsock}/vsock,port={port},generation={generation}"
         case "per-port":
-            return f"unix:{state.vsock}/{port}.sock,generation={generation}"
+            return f"unix:{state.vsock}/{cid:08x}.{port:08x},generation={generation}"
     return ""  # AF_VSOCK is none of the daemon's ways
 
 
@@ -119,7 +119,9 @@ class Network:
             async with asyncio.timeout(limit_s):
                 reader, writer = await asyncio.open_unix_connection(self._path)
                 try:
-                    writer.write(f"POST /tunnel?ip={address}&port={port} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n".encode())
+                    writer.write(
+                        f"POST /tunnel?ip={address}&port={port} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n".encode()
+                    )
                     answer = await reader.readexactly(2)
                     if answer != b"OK":
                         raise HostError(f"port {port} of the guest at {address}: not connected")

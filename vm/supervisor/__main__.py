@@ -1,0 +1,155 @@
+"""The supervisor as a process of its own: `python -m vm.supervisor FILE --state-dir DIR [--report-fd N] [--foreground]`.
+
+`pyvpnkit vm up` starts it. On `--report-fd` it writes what happens, a JSON object a line, until the machine is ready or will not
+be; then it closes it. SIGTERM and SIGINT take the machine down, the second time without asking the guest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import logging
+import logging.handlers
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from netstack.errors import ConfigError, HostError, NetstackError
+from vm import settings
+from vm.hypervisors import registry
+from vm.supervisor.building import build
+from vm.supervisor.control import serving
+from vm.supervisor.home import Home
+from vm.supervisor.journal import Entry
+from vm.supervisor.lifecycle import State
+from vm.supervisor.supervisor import Supervisor
+
+MAX_LOG: Final = 1 << 20
+FINAL: Final = (State.READY.value, State.STOPPED.value, State.FAILED.value)
+_FORMAT: Final = "%(asctime)s %(levelname)s %(message)s"
+
+
+class _Lines(logging.Formatter):
+    """What is said stays in its line, whatever a guest puts in."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return "".join(char if char.isprintable() or char == "\n" else f"\\x{ord(char):02x}" for char in text)
+
+
+class Report:
+    """Says to a parent, or to a person, what happens until the machine is ready or down."""
+
+    def __init__(self, descriptor: int | None) -> None:
+        self._descriptor = descriptor
+
+    def say(self, entry: dict[str, Any]) -> None:
+        """Who waited for it may be gone."""
+        if self._descriptor is None:
+            return
+        try:
+            os.write(self._descriptor, json.dumps(entry).encode() + b"\n")
+        except OSError:
+            self.close()
+
+    def close(self) -> None:
+        """Harmless when repeated."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+async def supervise(home: Home, wanted: settings.VmSettings, report: Report) -> State:
+    """With the lock held: until the machine is down. Raises `ConfigError`."""
+    left = home.reclaim()
+    home.write("result", {"state": State.FAILED.value, "reason": "the supervisor was killed"})  # unless it says better
+    home.keep(home.identity())
+    home.write("machine", {"name": wanted.name, "file": str(wanted.file)})
+    supervisor = Supervisor(wanted, home, registry.load(wanted.hypervisor.driver), build=build)
+    if left:
+        supervisor.journal.add("reclaimed", f"ended what a killed supervisor left: {', '.join(left)}")
+    loop = asyncio.get_running_loop()
+    asked: list[int] = []
+
+    def ask() -> None:
+        asked.append(1)
+        supervisor.down(kill=len(asked) > 1)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ask)
+    telling = asyncio.create_task(_tell(supervisor, report))
+    try:
+        async with serving(supervisor):
+            return await supervisor.run()
+    finally:
+        await asyncio.gather(telling, return_exceptions=True)
+
+
+async def _tell(supervisor: Supervisor, report: Report) -> None:
+    async with contextlib.aclosing(supervisor.journal.read()) as entries:
+        async for entry in entries:
+            report.say(_with_degraded(entry, supervisor))
+            if entry.get("state") in FINAL:
+                report.close()
+
+
+def _with_degraded(entry: Entry, supervisor: Supervisor) -> Entry:
+    if entry.get("state") == State.READY.value:
+        return {**entry, "degraded": dict(supervisor.degraded), "published": list(supervisor.published.held.values())}
+    return entry
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: it was taken down or its guest powered off. 1: it failed. 2: what was asked is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m vm.supervisor", description=__doc__, allow_abbrev=False)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--state-dir", type=Path, required=True)
+    parser.add_argument("--report-fd", type=int)
+    parser.add_argument("--foreground", action="store_true")
+    parsed = parser.parse_args(argv)
+    report = Report(parsed.report_fd)
+    if parsed.report_fd is not None:
+        os.set_inheritable(parsed.report_fd, False)
+    home = Home(parsed.state_dir)
+    try:
+        home.prepare()
+        held = home.lock()
+        if held is None:
+            raise HostError(f"it is up already (supervisor {home.holder()}); `pyvpnkit vm down` stops it")
+        with contextlib.closing(held):
+            _log_to(home, foreground=parsed.foreground)
+            wanted = settings.load(parsed.file)
+            state = asyncio.run(supervise(home, wanted, report))
+    except NetstackError as error:
+        report.say({"kind": "error", "text": str(error), "status": 2 if isinstance(error, ConfigError) else 1})
+        if parsed.report_fd is None:
+            print(f"pyvpnkit: {error}", file=sys.stderr)
+        logging.getLogger("vm.supervisor").error("%s", error)
+        return 2 if isinstance(error, ConfigError) else 1
+    finally:
+        report.close()
+    return 0 if state is State.STOPPED else 1
+
+
+def _log_to(home: Home, *, foreground: bool) -> None:
+    os.umask(0o077)
+    handlers: list[logging.Handler] = [
+        logging.handlers.RotatingFileHandler(home.state.log("supervisor"), maxBytes=MAX_LOG, backupCount=1)
+    ]
+    if foreground:
+        handlers.append(logging.StreamHandler())
+    for handler in handlers:
+        handler.setFormatter(_Lines(_FORMAT))
+    root = logging.getLogger()
+    root.setLevel(logging.INFO)
+    for handler in handlers:
+        root.addHandler(handler)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""What the supervisor itself serves: docker.sock, the control port that the guest dials, the guest's time after the host slept."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from netstack.errors import ConfigError, HostError
+from vm.api import StateDir, Vsock
+from vm.settings import VmSettings
+from vm.supervisor import probes
+from vm.supervisor.design import Design
+from vm.vsock.api.kinds import vsock_for
+
+if TYPE_CHECKING:
+    from vm.supervisor.supervisor import Supervisor
+
+
+def vsock(design: Design) -> Vsock | None:
+    """The machine's streams; `None` where it has none."""
+    spec, kind = design.spec.vsock, design.plan.vsock
+    return vsock_for(kind, spec) if spec is not None and kind is not None else None
+
+
+async def serve_control(supervisor: Supervisor, streams: Vsock, stack: contextlib.AsyncExitStack) -> None:
+    """What the guest dials at `control` leads to the network, which serves a guest's own forwards there."""
+    spec = supervisor.design.spec.vsock
+    if spec is None or "control" not in spec.served or supervisor.design.network is None:
+        return
+    path = supervisor.home.state.socket("port.sock")
+
+    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            there, back = await asyncio.open_unix_connection(path)
+        except OSError as error:
+            raise HostError(f"{path}: {error.strerror}") from None
+        try:
+            await _join((reader, writer), (there, back))
+        finally:
+            back.close()
+
+    listening = await streams.listen(spec.served["control"], carry)
+    stack.push_async_callback(listening.close)
+
+
+def console_log(supervisor: Supervisor) -> probes.ConsoleLog | None:
+    """Where the probe looks at what the console says."""
+    kind, _, pattern = supervisor.settings.probe.partition(":")
+    return probes.ConsoleLog(supervisor.home.state.console_log, pattern) if kind == "console" else None
+
+
+def docker_path(settings: VmSettings, state: StateDir) -> Path:
+    """Where docker.sock is: in the state directory, unless the file says an absolute path."""
+    wanted = settings.docker.path if settings.docker is not None else None
+    return state.path / wanted if wanted is not None else state.docker
+
+
+_Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+async def _join(left: _Streams, right: _Streams) -> None:
+    """Octets both ways until both have ended; half-close crosses."""
+
+    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while octets := await reader.read(65536):
+            writer.write(octets)
+            await writer.drain()
+        writer.write_eof()
+
+    ways = [asyncio.create_task(carry(left[0], right[1])), asyncio.create_task(carry(right[0], left[1]))]
+    try:
+        await asyncio.gather(*ways)
+    except OSError:
+        pass  # one of them was reset, and so is the other
+    finally:
+        for way in ways:
+            way.cancel()
+        await asyncio.gather(*ways, return_exceptions=True)
+
+
+def probe(supervisor: Supervisor, streams: Vsock | None, console: probes.ConsoleLog | None) -> probes.Probe | None:
+    """What is tried until it says that the machine is ready; `None`: it is ready as soon as it runs."""
+    text = supervisor.settings.probe
+    nics = supervisor.design.spec.nics
+    mac = nics[0].mac if nics else None
+    match text.partition(":")[0]:
+        case "lease" if mac:
+            return probes.lease(supervisor.network, mac)
+        case "tcp" if mac:
+            return probes.tcp(supervisor.network, mac, probes.number(text))
+        case "vsock" if streams is not None:
+            return probes.vsock(streams, probes.number(text))
+        case "console" if console is not None:
+            return console.probe
+        case "none":
+            return None
+    raise ConfigError(f"ready: {text}: this machine has nothing that it could ask")
+
+
+async def serve_host(supervisor: Supervisor, streams: Vsock | None) -> None:
+    """docker.sock, and the guest's time."""

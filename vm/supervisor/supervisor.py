@@ -1,0 +1,444 @@
+"""One machine from NEW to STOPPED or FAILED: all is started in order, watched, taken down, and begun again where that is due.
+
+Theory of operation. `run` makes attempts. In one, `_bring_up` starts things in the order of `lifecycle`, each held by the attempt's
+stack, while anything may end it by `_end`: a person (`down`), the machine's own end, a part it cannot go on without. The first word
+counts, the *verdict*. Then `_take_down` undoes all of it in reverse, however far it had come, and the verdict says whether another
+attempt follows. The network lives from the first attempt to the last, since it can serve the next machine as well.
+
+    SIDECARS   network, servers of shares and the vsock device, listeners for what the guest dials
+    CREATED    the hypervisor; its driver holds it until the console is attached
+    RUNNING    the probe of `ready` is tried until it succeeds
+    READY      ports and docker.sock are there
+    STOPPING   ports are taken back, the guest is asked to power down, after `stop.grace` it is killed; then the rest, backwards
+
+A crash is followed by another attempt after 1, 2, 4, ... seconds, `restart.max` times in a row; the guest's own power-off is none,
+and of its reboot the hypervisor makes nothing but an event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Final
+
+from netstack.errors import ConfigError, HostError, NetstackError
+from vm.api import EventKind, Hypervisor, Machine, Sidecar, Vsock
+from vm.settings import VmSettings
+from vm.supervisor import probes, services
+from vm.supervisor.design import Design, design, missing
+from vm.supervisor.home import Home
+from vm.supervisor.journal import Journal
+from vm.supervisor.lifecycle import ENDS, TRANSITIONS, UP, Cause, Input, State, Verdict, backoff
+from vm.supervisor.network import Network
+from vm.supervisor.outside import Published
+from vm.supervisor.parts import Part
+from vm.supervisor.watch import Watch
+
+log = logging.getLogger("vm.supervisor")
+
+GONE_S: Final = 0.5
+"""How long a machine may take to end after a part beside it that ends with it."""
+
+Build = Callable[[VmSettings, Home], Awaitable[None]]
+"""Makes the kernel and the initrd of `boot.linuxkit`, where they are not there yet. Raises `HostError`, `ConfigError`."""
+
+
+class Supervisor:
+    """Of one machine. `run` is called once, with the lock of `home` held."""
+
+    def __init__(self, settings: VmSettings, home: Home, driver: Hypervisor, *, build: Build | None = None) -> None:
+        """Raises `ConfigError` and `Unsupported` where there can be no such machine."""
+        self.settings = settings
+        self.home = home
+        self.journal = Journal()
+        self.state = State.NEW
+        self.since = time.time()
+        self.reason = ""
+        self.paused = False
+        self.failures = 0
+        """In a row."""
+        self.restarts = 0
+        self.degraded: dict[str, str] = {}
+        """Parts that are away, and why."""
+        self.design: Design = design(settings, home, driver)
+        self._driver = driver
+        self._build = build
+        self.network = Network(home.state)
+        self.published = Published(home, self.network, self.journal, self.degraded)
+        self.parts: dict[str, Part] = {}
+        self._network_watch: Watch | None = None
+        self._machine: Machine | None = None
+        self._gone = asyncio.Event()
+        """There is no machine."""
+        self._gone.set()
+        self._verdict: asyncio.Future[Verdict] | None = None
+        self._watches: list[Watch] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.outside = contextlib.AsyncExitStack()
+        """What only a machine that is ready has: docker.sock, the time's keeper."""
+        self._down = asyncio.Event()
+        self._kill = asyncio.Event()
+
+    # What a person may want.
+
+    @property
+    def pid(self) -> int:
+        """The hypervisor's; 0 where there is none."""
+        return self._machine.pid if self._machine is not None and not self._gone.is_set() else 0
+
+    def down(self, *, kill: bool = False) -> None:
+        """Take it down for good; `kill` does not ask the guest. May be said again, to kill after all."""
+        self._down.set()
+        if kill:
+            self._kill.set()
+        self._end(Cause.ASKED, "asked to go down" + (" at once" if kill else ""))
+
+    def restart(self) -> None:
+        """Down, and up again. Raises `HostError` where it is not up."""
+        self._up()
+        self._end(Cause.RESTART, "asked to restart")
+
+    async def pause(self) -> None:
+        """Raises `HostError`, `Unsupported`."""
+        await self._up().pause()
+        self.paused = True
+        self.journal.add("paused", "paused")
+
+    async def resume(self) -> None:
+        """Raises `HostError`, `Unsupported`."""
+        await self._up().resume()
+        self.paused = False
+        self.journal.add("resumed", "resumed")
+
+    def _up(self) -> Machine:
+        if self._machine is None or self.state not in UP:
+            raise HostError(f"{self.settings.name} is {self.state.value}, not up")
+        return self._machine
+
+    async def status(self) -> dict[str, Any]:
+        """Everything at a glance, in values of JSON."""
+        state = self.home.state
+        addresses = []
+        if self.design.spec.nics and self.state in UP:
+            with contextlib.suppress(NetstackError):
+                leases = await self.network.leases()
+                addresses = [one for one in leases if one.get("mac") == self.design.spec.nics[0].mac]
+        shares = [
+            {"tag": one.tag, "source": str(one.source), "target": one.target, "kind": one.kind, "owner": one.owner}
+            for one in self.design.spec.shares
+        ]
+        ready = self.state is State.READY
+        return {
+            "name": self.settings.name,
+            "file": str(self.settings.file),
+            "driver": self._driver.name,
+            "state": self.state.value,
+            "since": round(self.since, 3),
+            "reason": self.reason,
+            "paused": self.paused,
+            "pid": self.pid,
+            "supervisor": os.getpid(),
+            "restarts": self.restarts,
+            "restarts_max": self.settings.restart.max,
+            "degraded": dict(self.degraded),
+            "parts": [{"name": one.name, "pid": one.pid, "restarts": one.restarts} for one in self.parts.values()],
+            "addresses": addresses,
+            "published": list(self.published.held.values()),
+            "shares": shares,
+            "mounts": list(self.design.mounts),
+            "docker_socket": str(services.docker_path(self.settings, state))
+            if ready and self.settings.docker
+            else None,
+            "console": str(state.console),
+            "console_log": str(state.console_log),
+            "network_control": str(state.network_control) if self.design.network is not None else None,
+        }
+
+    # The attempts.
+
+    async def run(self) -> State:
+        """Until the machine is down for good. Everything that was started is ended, whatever happens."""
+        try:
+            while True:
+                verdict = await self._attempt()
+                wait_s = self._again(verdict)
+                if wait_s is None:
+                    return self.state
+                if wait_s:
+                    self.journal.add(
+                        "waiting", f"starting again in {wait_s:g} s ({self.failures} of {self.settings.restart.max})"
+                    )
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(self._down.wait(), wait_s)
+        finally:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await self._network_down()
+            self.home.sweep()
+            if self.state not in ENDS:
+                self.state, self.reason = State.FAILED, "the supervisor failed; its log says how"
+            self.home.write("result", {"state": self.state.value, "reason": self.reason, "since": time.time()})
+            self.journal.end()
+
+    def _again(self, verdict: Verdict) -> float | None:
+        """After an attempt: how long to wait for the next one; `None` when it was the last."""
+        settings = self.settings.restart
+        if self._down.is_set() or verdict.cause in (Cause.ASKED, Cause.POWEROFF):
+            self._move(Input.GONE, verdict.text)
+            return None
+        if verdict.cause is Cause.RESTART:
+            self.failures = 0
+            self._move(Input.AGAIN, verdict.text)
+            return 0.0
+        if not verdict.counts or settings.policy == "never" or self.failures > settings.max:
+            more = f" ({self.failures} times in a row)" if self.failures > 1 else ""
+            self._move(Input.BROKEN, f"{verdict.text}{more}")
+            return None
+        self.restarts += 1
+        self._move(Input.AGAIN, verdict.text)
+        return backoff(self.failures, settings.backoff_s, settings.backoff_most_s)
+
+    async def _attempt(self) -> Verdict:
+        loop = asyncio.get_running_loop()
+        self._verdict = loop.create_future()
+        began = loop.time()
+        if self._down.is_set():
+            self._end(Cause.ASKED, "asked to go down")
+        async with contextlib.AsyncExitStack() as stack:
+            starting = asyncio.create_task(self._bring_up(stack), name="bring up")
+            try:
+                await asyncio.wait([starting, self._verdict], return_when=asyncio.FIRST_COMPLETED)
+                if starting.done() and (error := starting.exception()) is not None:
+                    self._broken(error)
+                verdict = await self._verdict
+            finally:
+                starting.cancel()
+                await asyncio.gather(starting, return_exceptions=True)
+            stable = self.state is State.READY and loop.time() - began >= self.settings.restart.stable_s
+            if verdict.counts:
+                self.failures = 1 if stable else self.failures + 1
+            self._move(Input.OVER, verdict.text)
+            await self._take_down(verdict)
+        return verdict
+
+    def _broken(self, error: BaseException) -> None:
+        """Starting failed. What failed in a first attempt will in a second; later it may have to do with the crash before."""
+        if not isinstance(error, NetstackError):
+            log.error("starting failed by a fault of ours", exc_info=error)
+        text = str(error) if isinstance(error, NetstackError) else f"{type(error).__name__}: {error}"
+        again = self.failures > 0 and isinstance(error, HostError)
+        self._end(Cause.CRASHED if again else Cause.UNREADY, text)
+
+    def _end(self, cause: Cause, text: str) -> None:
+        """The machine has to go down; the first word counts."""
+        if self._verdict is not None and not self._verdict.done():
+            self._verdict.set_result(Verdict(cause, text))
+
+    def _move(self, given: Input, why: str = "") -> None:
+        self.state = TRANSITIONS[self.state, given]
+        self.since = time.time()
+        self.reason = why
+        text = self.state.value + (f": {why}" if why else "")
+        self.journal.add("state", text, state=self.state.value, reason=why)
+
+    # Up.
+
+    async def _bring_up(self, stack: contextlib.AsyncExitStack) -> None:
+        self._move(Input.BEGIN)
+        if complaints := missing(self.settings):
+            raise ConfigError("\n".join(complaints))
+        if self.settings.boot.linuxkit is not None and self._build is not None:
+            self.journal.add("progress", f"building {self.settings.boot.linuxkit}")
+            await self._build(self.settings, self.home)
+        await self._network_up()
+        for sidecar in self.design.sidecars:
+            if not sidecar.after_machine:
+                await self._part(sidecar, stack)
+        streams = services.vsock(self.design)
+        if streams is not None:
+            await services.serve_control(self, streams, stack)
+        console = services.console_log(self)
+        if console is not None:
+            console.begin()
+        self._move(Input.PLACED)
+        await self._create(stack)
+        for sidecar in self.design.sidecars:
+            if sidecar.after_machine:
+                await self._part(sidecar, stack)
+        self._move(Input.STARTED)
+        self.journal.add("progress", f"waiting until it is ready ({self.settings.probe})")
+        await self._probe(streams, console)
+        if self.design.network is not None:
+            await self.published.publish(self.settings.publish)
+        await services.serve_host(self, streams)
+        self._move(Input.ANSWERED)
+
+    async def _part(self, sidecar: Sidecar, stack: contextlib.AsyncExitStack) -> None:
+        part = Part(sidecar, self.home)
+        self.journal.add("progress", f"starting {sidecar.name}")
+        await part.start()
+        stack.push_async_callback(part.stop)
+        self.parts[part.name] = part
+        watch = Watch(part, self.settings.restart, self.journal, self.degraded, lost=self._part_lost)
+        self._watches.append(watch)
+        stack.callback(self.parts.pop, part.name, None)
+        stack.callback(self.degraded.pop, part.name, None)
+        stack.push_async_callback(watch.close)
+
+    def _part_lost(self, text: str) -> None:
+        """A part that ends may have been told by the machine's own end, which then is what counts."""
+        self._later(self._unless_gone(text))
+
+    async def _unless_gone(self, text: str) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._gone.wait(), GONE_S)
+            await asyncio.sleep(0)
+        self._end(Cause.LOST, text)
+
+    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _create(self, stack: contextlib.AsyncExitStack) -> None:
+        self.journal.add("progress", f"starting {self._driver.name}")
+        machine = await self._driver.start(self.design.plan, self.home.state)
+        self._machine = machine
+        self._gone.clear()
+        self.paused = False
+        if machine.pid:
+            self.home.record("hypervisor", machine.pid)
+        watching = asyncio.create_task(self._follow(machine), name="machine")
+
+        async def close() -> None:
+            await machine.close()
+            await asyncio.gather(watching, return_exceptions=True)
+            self._machine = None
+            self.home.forget("hypervisor")
+
+        stack.push_async_callback(close)
+
+    async def _probe(self, streams: Vsock | None, console: probes.ConsoleLog | None) -> None:
+        probe = services.probe(self, streams, console)
+        if probe is None:
+            return
+        limit_s = self.settings.ready.limit_s
+        try:
+            async with asyncio.timeout(limit_s):
+                await probes.until(probe, every_s=self.settings.ready.every_s)
+        except TimeoutError:
+            raise HostError(
+                f"not ready within {limit_s:g} s (ready: {self.settings.probe}); the console's log may say why: "
+                f"{self.home.state.console_log}"
+            ) from None
+
+    # While it is up.
+
+    async def _follow(self, machine: Machine) -> None:
+        """The machine's own events, to its end."""
+        by_guest = told = False
+        status = 0
+        text = ""
+        try:
+            async for event in machine.events():
+                match event.kind:
+                    case EventKind.SHUTDOWN:
+                        told, by_guest = True, event.by_guest
+                    case EventKind.RESET:
+                        self.journal.add("reset", "the guest reboots" if event.by_guest else "the machine was reset")
+                    case EventKind.PANIC:
+                        self._end(Cause.CRASHED, "the guest's kernel panicked")
+                    case EventKind.PAUSED | EventKind.RESUMED:
+                        self.paused = event.kind is EventKind.PAUSED
+                    case EventKind.EXITED:
+                        status, text = event.status, event.text
+                    case EventKind.STARTED | EventKind.POWERDOWN:
+                        pass
+        except Exception as error:  # a driver's own fault must not leave a machine without a watch
+            log.exception("the driver's events failed")
+            status, text = 1, str(error)
+        self._gone.set()
+        name = self._driver.name
+        how = f"status {status}" if status >= 0 else f"signal {-status}"
+        if status == 0:
+            self._end(Cause.POWEROFF, "the guest powered off" if by_guest or not told else f"{name} was told to end")
+        else:
+            self._end(Cause.CRASHED, f"{name} ended with {how}" + (f": {text}" if text else ""))
+
+    # Down.
+
+    async def _take_down(self, verdict: Verdict) -> None:
+        """The machine; what was started for it follows by the attempt's stack."""
+        await self.published.withdraw()
+        await self.outside.aclose()
+        for watch in self._watches:
+            await watch.close()  # programs beside it may end with it
+        self._watches.clear()
+        machine = self._machine
+        if machine is None or self._gone.is_set():
+            return
+        askable = self.design.caps.acpi and verdict.cause is not Cause.CRASHED
+        if askable and not self._kill.is_set() and await self._ask(machine):
+            return
+        self.journal.add("progress", "killing the machine")
+        try:
+            await machine.kill()
+        except NetstackError as error:
+            self.journal.add("progress", str(error), level=logging.WARNING)
+
+    async def _ask(self, machine: Machine) -> bool:
+        """Ask the guest to power down; whether it did in time."""
+        grace_s = self.settings.stop.grace_s
+        try:
+            if self.paused:
+                await machine.resume()
+            await machine.powerdown()
+        except NetstackError as error:
+            self.journal.add("progress", f"the guest cannot be asked: {error}", level=logging.WARNING)
+            return False
+        self.journal.add("progress", "the guest is asked to power down")
+        waiting = [asyncio.create_task(one.wait()) for one in (self._gone, self._kill)]
+        await asyncio.wait(waiting, timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
+        for one in waiting:
+            one.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        if not self._gone.is_set() and not self._kill.is_set():
+            self.journal.add("progress", f"the guest did not power down within {grace_s:g} s", level=logging.WARNING)
+        return self._gone.is_set()
+
+    # The network, which outlives attempts.
+
+    async def _network_up(self) -> None:
+        sidecar = self.design.network
+        if sidecar is None or self._network_watch is not None:
+            return
+        self.journal.add("progress", "starting the network")
+        part = Part(sidecar, self.home)
+        await part.start()
+        self.parts[part.name] = part
+        # Of a supervisor that was killed.
+        await self.published.withdraw()
+        self._network_watch = Watch(
+            part, self.settings.restart, self.journal, self.degraded, lost=self._network_lost, back=self._network_back
+        )
+
+    def _network_lost(self, text: str) -> None:
+        self._end(Cause.LOST, text)
+        self._later(self._network_down())
+
+    async def _network_back(self) -> None:
+        """It was away. Whose guest cannot come back to it goes down, and comes up again with it."""
+        if self.state is State.READY:
+            await self.published.publish(self.settings.publish)
+        if not self.design.rejoins and self._machine is not None:
+            self._end(Cause.LOST, f"the network was lost, and {self._driver.name} cannot join it again")
+
+    async def _network_down(self) -> None:
+        watch, self._network_watch = self._network_watch, None
+        if watch is not None:
+            await watch.close()
+        if self.design.network is not None and (part := self.parts.pop(self.design.network.name, None)) is not None:
+            await part.stop()
