@@ -204,7 +204,9 @@ def _share(share: Share) -> _Wish:
 
 def _own_virtiofs(share: Share) -> Iterator[_Wish]:
     yield _Wish(
-        lambda has: f"share {share.tag}: owner {share.owner}: its own virtiofs has {_list(has.owners or frozenset())}",
+        lambda has: (
+            f"share {share.tag}: owner {share.owner}: its own virtiofs has {_list(has.owners or frozenset())}, and 9p-vsock any"
+        ),
         lambda has: "virtiofs" in has.caps.shares and (has.owners is None or share.owner in has.owners),
     )
     if share.readonly:

@@ -7,48 +7,67 @@ A network card is a ring in memory that our network maps, or a TAP; there is no 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final
 
-from vm.api import Disk, Nic, Plan, Share, StateDir, VmSpec
-from vm.hypervisors import caps
+from vm.api import Disk, Hypervisor, Machine, Nic, Plan, RestCall, Share, StateDir, VmSpec
+from vm.hypervisors.caps import caps_of, check
+from vm.hypervisors.machine import Orders, start_by_rest
 from vm.hypervisors.tap import keeper
 from vm.hypervisors.words import HYBRID, mounts, plain
 
 NAME: Final = "cloud-hypervisor"
 API: Final = "/api/v1"
+ORDERS: Final[Orders] = {
+    "pause": RestCall(method="PUT", path=f"{API}/vm.pause"),
+    "resume": RestCall(method="PUT", path=f"{API}/vm.resume"),
+    "powerdown": RestCall(method="PUT", path=f"{API}/vm.power-button"),
+}
+_INSTALL: Final = "github.com/cloud-hypervisor/cloud-hypervisor has it as one file"
 
 
-def plan(spec: VmSpec, state: StateDir) -> Plan:
-    caps.check(NAME, caps.caps_of(NAME), spec)
-    argv = [
-        NAME,
-        *("--api-socket", f"path={plain(NAME, 'state directory', state.monitor)}"),
-        *("--cpus", f"boot={spec.cpus}"),
-        *("--memory", f"size={spec.memory_mib}M" + (",shared=on" if _shares_memory(spec) else "")),
-        *("--platform", f"uuid={spec.uuid}"),
-        *("--kernel", str(spec.kernel)),
-        *(("--initramfs", str(spec.initrd)) if spec.initrd is not None else ()),
-        *(("--cmdline", spec.cmdline) if spec.cmdline else ()),
-        *_listed("--disk", (_disk(disk) for disk in spec.disks)),
-        *_listed("--net", (_nic(nic) for nic in spec.nics if nic.kind != "none")),
-        *_listed("--fs", (_share(share, state) for share in spec.shares if share.kind == "virtiofs")),
-    ]
-    sockets = [state.monitor]
-    if spec.vsock is not None:
-        hybrid = spec.vsock.directory / HYBRID
-        argv += ["--vsock", f"cid={spec.vsock.cid},socket={plain(NAME, 'vsock directory', hybrid)}"]
-        sockets.append(hybrid)
-    argv += ["--serial", "pty", "--console", "off", *spec.extra]
-    return Plan(
-        driver=NAME,
-        argv=tuple(argv),
-        disks=spec.disks,
-        sidecars=tuple(keeper(nic) for nic in spec.nics if nic.kind == "tap"),
-        sockets=tuple(sockets),
-        console="printed",
-        vsock=None if spec.vsock is None else "hybrid",
-        mounts=mounts(spec),
-    )
+class CloudHypervisor:
+    """The driver."""
+
+    name = NAME
+    caps = caps_of(NAME)
+
+    def plan(self, spec: VmSpec, state: StateDir) -> Plan:
+        check(NAME, self.caps, spec)
+        argv = [
+            NAME,
+            *("--api-socket", f"path={plain(NAME, 'state directory', state.monitor)}"),
+            *("--cpus", f"boot={spec.cpus}"),
+            *("--memory", f"size={spec.memory_mib}M" + (",shared=on" if _shares_memory(spec) else "")),
+            *("--platform", f"uuid={spec.uuid}"),
+            *("--kernel", str(spec.kernel)),
+            *(("--initramfs", str(spec.initrd)) if spec.initrd is not None else ()),
+            *(("--cmdline", spec.cmdline) if spec.cmdline else ()),
+            *_listed("--disk", (_disk(disk) for disk in spec.disks)),
+            *_listed("--net", (_nic(nic) for nic in spec.nics if nic.kind != "none")),
+            *_listed("--fs", (_share(share, state) for share in spec.shares if share.kind == "virtiofs")),
+        ]
+        sockets = [state.monitor]
+        if spec.vsock is not None:
+            hybrid = spec.vsock.directory / HYBRID
+            argv += ["--vsock", f"cid={spec.vsock.cid},socket={plain(NAME, 'vsock directory', hybrid)}"]
+            sockets.append(hybrid)
+        argv += ["--serial", "pty", "--console", "off", *spec.extra]
+        return Plan(
+            driver=NAME,
+            argv=tuple(argv),
+            disks=spec.disks,
+            sidecars=tuple(keeper(nic) for nic in spec.nics if nic.kind == "tap"),
+            sockets=tuple(sockets),
+            console="printed",
+            vsock=None if spec.vsock is None else "hybrid",
+            mounts=mounts(spec),
+        )
+
+    async def start(self, plan: Plan, state: StateDir) -> Machine:
+        return await start_by_rest(plan, state, install=_INSTALL, inspect=f"{API}/vm.info", pty=_pty, orders=ORDERS)
+
+
+DRIVER: Final[Hypervisor] = CloudHypervisor()
 
 
 def _shares_memory(spec: VmSpec) -> bool:
@@ -81,3 +100,12 @@ def _disk(disk: Disk) -> str:
 def _share(share: Share, state: StateDir) -> str:
     tag, socket = plain(NAME, "tag of a share", share.tag), plain(NAME, "state directory", state.share(share.tag))
     return f"tag={tag},socket={socket},num_queues=1,queue_size=512"
+
+
+def _pty(info: Any) -> str:
+    """The console's pty, of the answer to `vm.info`; empty where it is not there yet."""
+    try:
+        found = info["config"]["serial"]["file"]
+    except (KeyError, TypeError):
+        return ""
+    return found if isinstance(found, str) else ""

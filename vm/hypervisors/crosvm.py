@@ -9,44 +9,98 @@ tells (`mac=` of the link); there is no word for it here.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Iterator
 from typing import Final
 
-from vm.api import Disk, Nic, Plan, Share, StateDir, VmSpec, VsockKind, VsockSpec
-from vm.hypervisors import caps
+from netstack.errors import HostError
+from vm.api import Console, Disk, Hypervisor, Machine, Nic, Plan, Share, StateDir, VmSpec, VsockKind, VsockSpec
+from vm.hypervisors.caps import caps_of, check
+from vm.hypervisors.machine import LIMIT_S, ProcessMachine, spawn_on_pty
+from vm.hypervisors.prepare import prepare
+from vm.hypervisors.process import Process, spawn, until
 from vm.hypervisors.tap import keeper
 from vm.hypervisors.words import flagged, mounts, plain
 
 NAME: Final = "crosvm"
+_INSTALL: Final = "crosvm.dev says how it is built"
 
 
-def plan(spec: VmSpec, state: StateDir) -> Plan:
-    caps.check(NAME, caps.caps_of(NAME), spec)
-    argv = [
-        *(NAME, "run"),
-        *("-s", str(state.monitor)),
-        *("--cpus", str(spec.cpus)),
-        *("--mem", str(spec.memory_mib)),
-        *("--serial", "type=stdout,hardware=serial,num=1,console=true,stdin=true"),
-        *flagged("--block", (_disk(disk) for disk in spec.disks)),
-        *_nics(spec),
-        *flagged("--shared-dir", (_share(share) for share in spec.shares if share.kind == "virtiofs")),
-        *_vsock(spec.vsock),
-        *(("--initrd", str(spec.initrd)) if spec.initrd is not None else ()),
-        *(("--params", spec.cmdline) if spec.cmdline else ()),
-        str(spec.kernel),
-        *spec.extra,
-    ]
-    return Plan(
-        driver=NAME,
-        argv=tuple(argv),
-        disks=spec.disks,
-        sidecars=tuple(keeper(nic) for nic in spec.nics if nic.kind == "tap"),
-        sockets=(state.monitor,),
-        console="stdio",
-        vsock=_vsock_kind(spec.vsock),
-        mounts=mounts(spec),
-    )
+class Crosvm:
+    """The driver."""
+
+    name = NAME
+    caps = caps_of(NAME)
+
+    def plan(self, spec: VmSpec, state: StateDir) -> Plan:
+        check(NAME, self.caps, spec)
+        argv = [
+            *(NAME, "run"),
+            *("-s", str(state.monitor)),
+            *("--cpus", str(spec.cpus)),
+            *("--mem", str(spec.memory_mib)),
+            *("--serial", "type=stdout,hardware=serial,num=1,console=true,stdin=true"),
+            *flagged("--block", (_disk(disk) for disk in spec.disks)),
+            *_nics(spec),
+            *flagged("--shared-dir", (_share(share) for share in spec.shares if share.kind == "virtiofs")),
+            *_vsock(spec.vsock),
+            *(("--initrd", str(spec.initrd)) if spec.initrd is not None else ()),
+            *(("--params", spec.cmdline) if spec.cmdline else ()),
+            str(spec.kernel),
+            *spec.extra,
+        ]
+        return Plan(
+            driver=NAME,
+            argv=tuple(argv),
+            disks=spec.disks,
+            sidecars=tuple(keeper(nic) for nic in spec.nics if nic.kind == "tap"),
+            sockets=(state.monitor,),
+            console="stdio",
+            vsock=_vsock_kind(spec.vsock),
+            mounts=mounts(spec),
+        )
+
+    async def start(self, plan: Plan, state: StateDir) -> Machine:
+        await prepare(plan)
+        async with contextlib.AsyncExitStack() as undo:
+            console, process = await spawn_on_pty(plan, state, install=_INSTALL, undo=undo)
+            await until(state.monitor.exists, process, LIMIT_S, f"control socket at {state.monitor}")
+            undo.pop_all()
+            return OrderedMachine(plan.argv[0], process, console, state)
+
+
+DRIVER: Final[Hypervisor] = Crosvm()
+
+
+class OrderedMachine(ProcessMachine):
+    """Each order is a run of the hypervisor's own program."""
+
+    def __init__(self, program: str, process: Process, console: Console, state: StateDir) -> None:
+        super().__init__(NAME, process, console)
+        self._program = program
+        self._state = state
+
+    async def _pause(self) -> None:
+        await self._order("suspend")
+
+    async def _resume(self) -> None:
+        await self._order("resume")
+
+    async def _powerdown(self) -> None:
+        await self._order("powerbtn")
+
+    async def _order(self, order: str) -> None:
+        """Raises `HostError` with what the program said."""
+        run = await spawn((self._program, order, str(self._state.monitor)), log=self._state.log(f"{NAME}-orders"))
+        try:
+            status = await asyncio.wait_for(run.wait(), LIMIT_S)
+        except TimeoutError:
+            raise HostError(f"{NAME}: {order}: no answer within {LIMIT_S:.0f} s") from None
+        finally:
+            await run.close()
+        if status:
+            raise HostError(f"{NAME}: {order}: {run.said() or f'status {status}'}")
 
 
 def _nics(spec: VmSpec) -> Iterator[str]:

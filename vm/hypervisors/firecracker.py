@@ -10,29 +10,65 @@ own network stack out of it; it must be there before the network is.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from vm.api import Disk, Nic, Plan, RestCall, StateDir, VmSpec
-from vm.hypervisors import caps
+from vm.api import Disk, Hypervisor, Machine, Nic, Plan, RestCall, StateDir, VmSpec
+from vm.hypervisors.caps import caps_of, check
+from vm.hypervisors.machine import Orders, RestMachine, spawn_on_pty
+from vm.hypervisors.prepare import prepare
+from vm.hypervisors.rest import Rest
 from vm.hypervisors.tap import keeper
 from vm.hypervisors.words import HYBRID
 
 NAME: Final = "firecracker"
+_INSTALL: Final = "github.com/firecracker-microvm/firecracker has it as one file"
 
 
-def plan(spec: VmSpec, state: StateDir) -> Plan:
-    caps.check(NAME, caps.caps_of(NAME), spec)
-    return Plan(
-        driver=NAME,
-        argv=(NAME, "--id", str(spec.uuid), "--api-sock", str(state.monitor), *spec.extra),
-        disks=spec.disks,
-        sidecars=tuple(keeper(nic) for nic in spec.nics if nic.kind == "tap"),
-        rest=tuple(_calls(spec)),
-        sockets=(state.monitor,) if spec.vsock is None else (state.monitor, spec.vsock.directory / HYBRID),
-        console="stdio",
-        vsock=None if spec.vsock is None else "hybrid",
-    )
+def _put(path: str, body: Mapping[str, Any]) -> RestCall:
+    return RestCall(method="PUT", path=path, body=body)
+
+
+ORDERS: Final[Orders] = {
+    "pause": RestCall(method="PATCH", path="/vm", body={"state": "Paused"}),
+    "resume": RestCall(method="PATCH", path="/vm", body={"state": "Resumed"}),
+    "powerdown": _put("/actions", {"action_type": "SendCtrlAltDel"}),
+}
+
+
+class Firecracker:
+    """The driver."""
+
+    name = NAME
+    caps = caps_of(NAME)
+
+    def plan(self, spec: VmSpec, state: StateDir) -> Plan:
+        check(NAME, self.caps, spec)
+        return Plan(
+            driver=NAME,
+            argv=(NAME, "--id", str(spec.uuid), "--api-sock", str(state.monitor), *spec.extra),
+            disks=spec.disks,
+            sidecars=tuple(keeper(nic) for nic in spec.nics if nic.kind == "tap"),
+            rest=tuple(_calls(spec)),
+            sockets=(state.monitor,) if spec.vsock is None else (state.monitor, spec.vsock.directory / HYBRID),
+            console="stdio",
+            vsock=None if spec.vsock is None else "hybrid",
+        )
+
+    async def start(self, plan: Plan, state: StateDir) -> Machine:
+        await prepare(plan)
+        async with contextlib.AsyncExitStack() as undo:
+            console, process = await spawn_on_pty(plan, state, install=_INSTALL, undo=undo)
+            rest = Rest(state.monitor, NAME)
+            await rest.there(process)
+            for call in plan.rest:
+                await rest.call(call)
+            undo.pop_all()
+            return RestMachine(NAME, process, console, rest, ORDERS)
+
+
+DRIVER: Final[Hypervisor] = Firecracker()
 
 
 def _calls(spec: VmSpec) -> Iterator[RestCall]:
@@ -50,10 +86,6 @@ def _calls(spec: VmSpec) -> Iterator[RestCall]:
     if spec.vsock is not None:
         yield _put("/vsock", {"guest_cid": spec.vsock.cid, "uds_path": str(spec.vsock.directory / HYBRID)})
     yield _put("/actions", {"action_type": "InstanceStart"})
-
-
-def _put(path: str, body: Mapping[str, Any]) -> RestCall:
-    return RestCall(method="PUT", path=path, body=body)
 
 
 def _drive(name: str, disk: Disk) -> RestCall:

@@ -7,49 +7,92 @@ lost. The console's link and log it makes itself, so nothing has to be attached 
 
 from __future__ import annotations
 
+import contextlib
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 from netstack.errors import ConfigError
-from vm.api import Disk, Nic, Plan, Share, StateDir, VmSpec, VsockSpec
-from vm.hypervisors import caps
-from vm.hypervisors.words import flagged, guest_socket, mounts, plain
+from vm.api import Disk, Hypervisor, Machine, Nic, Plan, Share, StateDir, VmSpec, VsockSpec
+from vm.console import PtyConsole
+from vm.hypervisors.caps import caps_of, check
+from vm.hypervisors.machine import LIMIT_S, ProcessMachine
+from vm.hypervisors.prepare import prepare
+from vm.hypervisors.process import spawn, until
+from vm.hypervisors.words import flagged, mounts, plain
+from vm.vsock.api.per_port import host_dials
 
 NAME: Final = "hyperkit"
+_INSTALL: Final = (
+    "it is a part of Docker Desktop's older versions for macOS, and github.com/moby/hyperkit has its source"
+)
 _SLOTS: Final = range(1, 31)
 """Of the one PCI bus; 0 is the bridge, 31 the old devices (serial line)."""
 
 
-def plan(spec: VmSpec, state: StateDir) -> Plan:
-    caps.check(NAME, caps.caps_of(NAME), spec)
-    devices = [*_devices(spec, state), "virtio-rnd"]
-    if len(devices) > len(_SLOTS):
-        raise ConfigError(
-            f"{NAME}: {len(devices)} devices; it has slots for {len(_SLOTS)}, so leave out disks or shares"
+class HyperKit:
+    """The driver."""
+
+    name = NAME
+    caps = caps_of(NAME)
+
+    def plan(self, spec: VmSpec, state: StateDir) -> Plan:
+        check(NAME, self.caps, spec)
+        devices = [*_devices(spec, state), "virtio-rnd"]
+        if len(devices) > len(_SLOTS):
+            raise ConfigError(
+                f"{NAME}: {len(devices)} devices; it has slots for {len(_SLOTS)}, so leave out disks or shares"
+            )
+        slots = (f"{slot},{device}" for slot, device in zip(_SLOTS, devices, strict=False))
+        kexec = [plain(NAME, "kernel", spec.kernel or ""), plain(NAME, "initrd", spec.initrd or ""), spec.cmdline]
+        argv = [
+            *(NAME, "-A", "-u"),
+            *("-F", str(state.path / "hyperkit.pid")),
+            *("-c", str(spec.cpus)),
+            *("-m", f"{spec.memory_mib}M"),
+            *("-U", str(spec.uuid)),
+            *flagged("-s", ("0:0,hostbridge", "31,lpc", *slots)),
+            *("-l", f"com1,autopty={plain(NAME, 'state directory', state.console)},log={state.console_log}"),
+            *("-f", ",".join(("kexec", *kexec))),
+            *spec.extra,
+        ]
+        return Plan(
+            driver=NAME,
+            argv=tuple(argv),
+            disks=spec.disks,
+            sockets=() if spec.vsock is None else (spec.vsock.directory / "connect", *_forwards(spec.vsock)),
+            console="link",
+            vsock=None if spec.vsock is None else "hyperkit",
+            mounts=mounts(spec),
         )
-    slots = (f"{slot},{device}" for slot, device in zip(_SLOTS, devices, strict=False))
-    kexec = [plain(NAME, "kernel", spec.kernel or ""), plain(NAME, "initrd", spec.initrd or ""), spec.cmdline]
-    argv = [
-        *(NAME, "-A", "-u"),
-        *("-F", str(state.path / "hyperkit.pid")),
-        *("-c", str(spec.cpus)),
-        *("-m", f"{spec.memory_mib}M"),
-        *("-U", str(spec.uuid)),
-        *flagged("-s", ("0:0,hostbridge", "31,lpc", *slots)),
-        *("-l", f"com1,autopty={plain(NAME, 'state directory', state.console)},log={state.console_log}"),
-        *("-f", ",".join(("kexec", *kexec))),
-        *spec.extra,
-    ]
-    return Plan(
-        driver=NAME,
-        argv=tuple(argv),
-        disks=spec.disks,
-        sockets=() if spec.vsock is None else (spec.vsock.directory / "connect", *_forwards(spec.vsock)),
-        console="link",
-        vsock=None if spec.vsock is None else "hyperkit",
-        mounts=mounts(spec),
-    )
+
+    async def start(self, plan: Plan, state: StateDir) -> Machine:
+        await prepare(plan)
+        state.console.unlink(missing_ok=True)  # of a run before: its pty may be another's now
+        async with contextlib.AsyncExitStack() as undo:
+            process = await spawn(plan.argv, plan.env, log=state.log(NAME), install=_INSTALL)
+            undo.push_async_callback(process.close)
+            await until(state.console.exists, process, LIMIT_S, f"console at {state.console}")
+            console = await PtyConsole.found(state.console, state.console_log)
+            undo.pop_all()
+            return SignalledMachine(NAME, process, console)
+
+
+DRIVER: Final[Hypervisor] = HyperKit()
+
+
+class SignalledMachine(ProcessMachine):
+    """Whether the guest has heard, nobody tells."""
+
+    async def _pause(self) -> None:
+        self.process.signal(signal.SIGUSR1)
+
+    async def _resume(self) -> None:
+        self.process.signal(signal.SIGUSR2)
+
+    async def _powerdown(self) -> None:
+        self.process.signal(signal.SIGTERM)
 
 
 def _devices(spec: VmSpec, state: StateDir) -> Iterator[str]:
@@ -78,7 +121,7 @@ def _vsock(vsock: VsockSpec) -> str:
 
 def _forwards(vsock: VsockSpec) -> Iterator[Path]:
     for port in vsock.ports.values():
-        yield guest_socket(vsock, port)
+        yield vsock.directory / host_dials(vsock.cid, port)
         yield vsock.directory / f"guest.{port:08x}"
 
 

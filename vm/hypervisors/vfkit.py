@@ -8,36 +8,63 @@ files act as the user that runs it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final
 
-from vm.api import Nic, Plan, Share, StateDir, VmSpec, VsockSpec
-from vm.hypervisors import caps
-from vm.hypervisors.words import flagged, guest_socket, host_socket, mounts, plain
+from vm.api import Hypervisor, Machine, Nic, Plan, RestCall, Share, StateDir, VmSpec, VsockSpec
+from vm.hypervisors.caps import caps_of, check
+from vm.hypervisors.machine import Orders, start_by_rest
+from vm.hypervisors.words import flagged, mounts, plain
+from vm.vsock.api.hyperkit import guest_dials
+from vm.vsock.api.per_port import host_dials
 
 NAME: Final = "vfkit"
+_INSTALL: Final = "brew install vfkit"
 
 
-def plan(spec: VmSpec, state: StateDir) -> Plan:
-    caps.check(NAME, caps.caps_of(NAME), spec)
-    argv = [
-        NAME,
-        *("--cpus", str(spec.cpus)),
-        *("--memory", str(spec.memory_mib)),
-        *("--bootloader", _loader(spec, state)),
-        *flagged("--device", _devices(spec)),
-        *("--restful-uri", f"unix://{state.monitor}"),
-        *spec.extra,
-    ]
-    dialled = () if spec.vsock is None else tuple(guest_socket(spec.vsock, port) for port in spec.vsock.ports.values())
-    return Plan(
-        driver=NAME,
-        argv=tuple(argv),
-        disks=spec.disks,
-        sockets=(state.monitor, *dialled),
-        console="printed",
-        vsock=None if spec.vsock is None else "per-port",
-        mounts=mounts(spec),
-    )
+def _state(state: str) -> RestCall:
+    return RestCall(method="POST", path="/vm/state", body={"state": state})
+
+
+ORDERS: Final[Orders] = {"pause": _state("Pause"), "resume": _state("Resume"), "powerdown": _state("Stop")}
+
+
+class Vfkit:
+    """The driver."""
+
+    name = NAME
+    caps = caps_of(NAME)
+
+    def plan(self, spec: VmSpec, state: StateDir) -> Plan:
+        check(NAME, self.caps, spec)
+        argv = [
+            NAME,
+            *("--cpus", str(spec.cpus)),
+            *("--memory", str(spec.memory_mib)),
+            *("--bootloader", _loader(spec, state)),
+            *flagged("--device", _devices(spec)),
+            *("--restful-uri", f"unix://{state.monitor}"),
+            *spec.extra,
+        ]
+        dialled = (
+            ()
+            if spec.vsock is None
+            else tuple(spec.vsock.directory / host_dials(spec.vsock.cid, port) for port in spec.vsock.ports.values())
+        )
+        return Plan(
+            driver=NAME,
+            argv=tuple(argv),
+            disks=spec.disks,
+            sockets=(state.monitor, *dialled),
+            console="printed",
+            vsock=None if spec.vsock is None else "per-port",
+            mounts=mounts(spec),
+        )
+
+    async def start(self, plan: Plan, state: StateDir) -> Machine:
+        return await start_by_rest(plan, state, install=_INSTALL, inspect="/vm/inspect", pty=_pty, orders=ORDERS)
+
+
+DRIVER: Final[Hypervisor] = Vfkit()
 
 
 def _loader(spec: VmSpec, state: StateDir) -> str:
@@ -66,12 +93,22 @@ def _nic(nic: Nic) -> str:
 
 
 def _vsock(vsock: VsockSpec) -> Iterator[str]:
+    directory = plain(NAME, "vsock directory", vsock.directory)
     for port in vsock.ports.values():
-        yield f"virtio-vsock,port={port},socketURL={plain(NAME, 'vsock directory', guest_socket(vsock, port))},connect"
+        yield f"virtio-vsock,port={port},socketURL={directory}/{host_dials(vsock.cid, port)},connect"
     for port in vsock.served.values():
-        yield f"virtio-vsock,port={port},socketURL={plain(NAME, 'vsock directory', host_socket(vsock, port))},listen"
+        yield f"virtio-vsock,port={port},socketURL={directory}/{guest_dials(port)},listen"
 
 
 def _share(share: Share) -> str:
     source = plain(NAME, "source of a share", share.source)
     return f"virtio-fs,sharedDir={source},mountTag={plain(NAME, 'tag of a share', share.tag)}"
+
+
+def _pty(inspected: Any) -> str:
+    """The console's pty, of the answer to `/vm/inspect`; empty where it is not there yet."""
+    devices = inspected.get("devices") if isinstance(inspected, dict) else None
+    for device in devices if isinstance(devices, list) else ():
+        if isinstance(device, dict) and isinstance(name := device.get("ptyName"), str) and name:
+            return name
+    return ""

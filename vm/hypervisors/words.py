@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from netstack.errors import ConfigError
-from vm.api import Share, VmSpec, VsockSpec
+from vm.api import Share, VmSpec
 
 HYBRID: Path = Path("vsock")
 """The socket that takes CONNECT, in the directory of vsock's sockets (spec companions 1.2, 4.2)."""
@@ -18,18 +18,8 @@ def plain(driver: str, setting: str, value: str | Path, forbidden: str = ",") ->
     text = str(value)
     for one in forbidden:
         if one in text:
-            raise ConfigError(f"{setting}: {text}: {driver} cannot be told a name with {one!r} in it; choose another")
+            raise ConfigError(f"{setting}: {text}: {driver} cannot be told a value with {one!r} in it; choose another")
     return text
-
-
-def guest_socket(vsock: VsockSpec, port: int) -> Path:
-    """What the host connects to for `port` of the guest, where each has a socket."""
-    return vsock.directory / f"{vsock.cid:08x}.{port:08x}"
-
-
-def host_socket(vsock: VsockSpec, port: int) -> Path:
-    """What the host listens on for those who dial `port` of CID 2."""
-    return vsock.directory / f"{2:08x}.{port:08x}"
 
 
 def flagged(flag: str, values: Iterable[str]) -> Iterator[str]:
