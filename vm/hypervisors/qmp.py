@@ -159,6 +159,10 @@ class Qmp:
             raise HostError(f"qemu: {name}: {reply.error}")
         return reply.value
 
+    async def over(self) -> None:
+        """Until all that QEMU will ever say was heard."""
+        await asyncio.wait([self._task])
+
     async def close(self) -> None:
         self._task.cancel()
         await asyncio.wait([self._task])
