@@ -12,7 +12,7 @@ import gzip
 import lzma
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, Final, Literal, cast
 
@@ -64,18 +64,37 @@ def blocks(tree: Tree, mtime: int = 0) -> Iterator[bytes]:
     yield header(TRAILER, 0, 0, 1, 0, 0, 0, 0, (0, 0))
 
 
-def write(tree: Tree, path: Path, *, compression: Compression = "none", mtime: int = 0) -> int:
-    """Write the archive to `path`, which appears when it is whole; its octets. Raises `ConfigError`, `HostError`, `OSError`."""
+def write(
+    tree: Tree, path: Path, *, compression: Compression = "none", mtime: int = 0, before: Entry | None = None
+) -> int:
+    """Write the archive to `path`, which appears when it is whole; its octets. Raises `ConfigError`, `HostError`, `OSError`.
+
+    `before` is another archive, which stays as it is: Linux looks for microcode at the very beginning.
+    """
+    with _replacing(path) as raw:
+        if before is not None:
+            raw.writelines(before.chunks())
+            raw.write(bytes(-before.size % 512))
+        with _compressed(raw, compression) as out:
+            out.writelines(blocks(tree, mtime))
+        return raw.tell()
+
+
+def replaced(path: Path, chunks: Iterable[bytes]) -> None:
+    """Write a file that appears when it is whole."""
+    with _replacing(path) as file:
+        file.writelines(chunks)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(scratch, "wb") as raw, _compressed(raw, compression) as out:
-            for block in blocks(tree, mtime):
-                out.write(block)
-        size = scratch.stat().st_size
+        with open(scratch, "wb") as file:
+            yield file
         scratch.rename(path)
     finally:
         scratch.unlink(missing_ok=True)
-    return size
 
 
 def read(file: BinaryIO) -> Iterator[tuple[str, Entry, int]]:

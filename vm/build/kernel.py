@@ -51,6 +51,8 @@ class Picked:
     modules: Tree
     release: str
     """Empty where there are no modules."""
+    microcode: Entry | None = None
+    """An archive that goes before everything else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,8 @@ def pick(wanted: Kernel, sources: Sources) -> Picked:
         )
     modules = tuple(chosen.split(",")) if chosen else ()
     if reference.startswith("deb:"):
+        if wanted.binary or wanted.tar or wanted.ucode:
+            raise ConfigError(f"kernel: binary, tar and ucode are of other images than {reference}; leave them out")
         return from_package(reference.removeprefix("deb:"), modules, sources.cache)
     tree = sources.image(reference).tree
     return _pick(tree, wanted, modules, sources.cache)
@@ -128,6 +132,9 @@ def _pick(tree: Tree, wanted: Kernel, modules: tuple[str, ...], cache: Cache) ->
         binary = found[0] if found else None
     if binary is None or not binary.is_file():
         raise ConfigError(f"{wanted.image}: no kernel: neither {wanted.binary or 'kernel'} nor boot/vmlinuz-*")
+    microcode = tree.get(wanted.ucode) if wanted.ucode else None
+    if wanted.ucode and (microcode is None or not microcode.is_file()):
+        raise ConfigError(f"{wanted.image}: has no {wanted.ucode}, which kernel.ucode names")
     tar = None if wanted.tar == "none" else tree.get(wanted.tar or "kernel.tar")
     if tar is None and wanted.tar not in (None, "none"):
         raise ConfigError(f"{wanted.image}: has no {wanted.tar}, which kernel.tar names")
@@ -138,8 +145,8 @@ def _pick(tree: Tree, wanted: Kernel, modules: tuple[str, ...], cache: Cache) ->
             raise ConfigError(f"{wanted.image}: {wanted.tar or 'kernel.tar'} is not a tar")
         unpack(plain(content, cache, f"{wanted.image}: kernel.tar"), tree, f"{wanted.image}: kernel.tar")
     if wanted.tar == "none":
-        return Picked(binary, Tree(), "")
-    return Picked(binary, *_chosen(tree, modules, str(wanted.image)))
+        return Picked(binary, Tree(), "", microcode)
+    return Picked(binary, *_chosen(tree, modules, str(wanted.image)), microcode)
 
 
 def _chosen(tree: Tree, names: tuple[str, ...], what: str) -> tuple[Tree, str]:

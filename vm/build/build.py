@@ -1,0 +1,82 @@
+"""From LinuxKit's YAML to what a hypervisor boots. The same YAML and sources give the same octets, wherever it is built."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from netstack.errors import ConfigError, HostError
+from vm.build import cpio, init, kernel
+from vm.build.archive import Cache
+from vm.build.container import Warning
+from vm.build.sources import Sources
+from vm.linuxkit.schema import LinuxKit
+
+CMDLINE: Final = "console=ttyS0"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Built:
+    """What there is now. `modules` is the kernel's release, empty where it came without any."""
+
+    kernel: Path
+    initrd: Path
+    cmdline: str
+    release: str
+    initrd_octets: int
+    files: int
+    warnings: tuple[Warning, ...]
+
+
+def default_cache() -> Path:
+    """Where downloads are kept: `$XDG_CACHE_HOME/pyvpnkit`, or `~/.cache/pyvpnkit`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyvpnkit"
+
+
+def build(
+    machine: LinuxKit,
+    out_dir: Path,
+    *,
+    cache: Path | None = None,
+    base_directory: Path = Path(),
+    compression: cpio.Compression = "none",
+    progress: Callable[[str], None] = lambda text: None,
+) -> Built:
+    """Make `kernel`, `initrd.img` and `cmdline` in `out_dir`, which is made if it is not there.
+
+    Relative paths of the YAML start at `base_directory`. `progress` is told each image, and what comes after them. Nothing needs
+    root. Raises `ConfigError` for what is wrong in the YAML or behind it, `HostError` for what cannot be had or written.
+    """
+    if machine.kernel is None:
+        raise ConfigError("kernel is missing: `kernel: {image: deb:linux-image-amd64}` would do")
+    warnings: list[Warning] = []
+    if machine.trust is not None:
+        warnings.append(
+            Warning("trust", "image", "nothing is verified by it; packages are by apt, OCI images by their digests")
+        )
+    sources = Sources(Cache(cache or default_cache()), base_directory.resolve(), progress)
+    progress(machine.kernel.image or "kernel")
+    picked = kernel.pick(machine.kernel, sources)
+    tree = init.root(machine, sources, warnings)
+    tree.merge(picked.modules)
+    progress("initramfs")
+    cmdline = machine.kernel.cmdline or CMDLINE
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        octets = cpio.write(tree, out_dir / "initrd.img", compression=compression, before=picked.microcode)
+        cpio.replaced(out_dir / "kernel", picked.binary.chunks())
+        cpio.replaced(out_dir / "cmdline", [cmdline.encode() + b"\n"])
+    except OSError as error:
+        raise HostError(f"{out_dir}: cannot be written: {error.strerror}") from None
+    return Built(
+        kernel=out_dir / "kernel",
+        initrd=out_dir / "initrd.img",
+        cmdline=cmdline,
+        release=picked.release,
+        initrd_octets=octets,
+        files=len(tree),
+        warnings=tuple(warnings),
+    )
