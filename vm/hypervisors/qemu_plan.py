@@ -19,7 +19,6 @@ from vm.api import Disk, Lost, Nic, Plan, Share, Sidecar, StateDir, Unsupported,
 from vm.filesystems.qemu9p import security_model
 from vm.filesystems.registry import endpoints
 from vm.hypervisors import caps
-from vm.hypervisors.tap import keeper
 
 NAME: Final = "qemu"
 MACHINES: Final = {"x86_64": "q35", "aarch64": "virt,gic-version=max"}
@@ -84,7 +83,6 @@ def plan(spec: VmSpec, state: StateDir, host: Host) -> Plan:
     caps.check(NAME, offers, spec)
     served = endpoints(spec, state, offers)
     beside = [sidecar for endpoint in served for sidecar in endpoint.sidecars]
-    beside += [keeper(nic) for nic in spec.nics if nic.kind == "tap"]
     if spec.vsock is not None and spec.vsock.socket is not None:
         beside.append(vsock_device(spec.vsock, spec.vsock.socket))
     return Plan(
