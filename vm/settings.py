@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address
@@ -379,7 +380,7 @@ class _Reader(Reader):
         if isinstance(value, Text):
             if (short := SHORT.get(hint)) is not None:
                 value = Table(((Text(short, value.mark), value),), value.mark)
-            elif what == "publish":
+            elif typing.get_origin(hint) is tuple:
                 value = Items((value,), value.mark)
         return super()._value(hint, value, what, check)
 

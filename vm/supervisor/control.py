@@ -107,9 +107,10 @@ class _Routes:
             return _complaint(503, "there are too many readers of events; end one")
         response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
         await response.prepare(request)
-        async with contextlib.aclosing(journal.read(int(after))) as entries:
-            async for entry in entries:
-                await response.write(json.dumps(entry).encode() + b"\n")
+        with contextlib.suppress(ConnectionError):  # the reader has left
+            async with contextlib.aclosing(journal.read(int(after))) as entries:
+                async for entry in entries:
+                    await response.write(json.dumps(entry).encode() + b"\n")
         return response
 
     async def down(self, request: web.Request) -> web.Response:

@@ -142,6 +142,7 @@ class Supervisor:
             "paused": self.paused,
             "pid": self.pid,
             "supervisor": os.getpid(),
+            "last_event": self.journal.last,
             "restarts": self.restarts,
             "restarts_max": self.settings.restart.max,
             "degraded": dict(self.degraded),
@@ -210,7 +211,8 @@ class Supervisor:
         async with contextlib.AsyncExitStack() as stack:
             starting = asyncio.create_task(self._bring_up(stack), name="bring up")
             try:
-                await asyncio.wait([starting, self._verdict], return_when=asyncio.FIRST_COMPLETED)
+                either: list[asyncio.Future[Any]] = [starting, self._verdict]
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
                 if starting.done() and (error := starting.exception()) is not None:
                     self._broken(error)
                 verdict = await self._verdict

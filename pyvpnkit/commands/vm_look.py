@@ -1,0 +1,152 @@
+"""`pyvpnkit vm console`, `logs`, `plan`, `build` and `link-docker-sock`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import socket
+import stat
+import sys
+import time
+from pathlib import Path
+from typing import Final
+
+from netstack.errors import ConfigError, HostError
+from pyvpnkit.commands import vm_find
+from pyvpnkit.commands.table import clean, print_json
+from vm.hypervisors import registry
+from vm.supervisor import services, showing
+from vm.supervisor.design import design
+from vm.supervisor.home import Home
+
+_LOOK_S: Final = 0.1
+
+
+def console(parsed: argparse.Namespace) -> int:
+    """Until Ctrl-], or the machine's end."""
+    from vm.terminal import interact
+
+    home, _ = vm_find.find(parsed)
+    if not home.holder() or not home.state.console.exists():
+        raise HostError(f"{home.path.name} has no console now; `pyvpnkit vm status {home.path.name}` says why")
+    interact(home.state.console, log=home.state.console_log, lines=parsed.lines)
+    return 0
+
+
+def logs(parsed: argparse.Namespace) -> int:
+    """The end of a log, and what comes."""
+    home, _ = vm_find.find(parsed)
+    path = home.state.console_log if parsed.part == "console" else home.state.log(parsed.part)
+    if "/" in parsed.part or not path.exists():
+        raise ConfigError(
+            f"{home.path.name} has no log {parsed.part!r}; there are: {', '.join(_logs(home)) or 'none yet'}"
+        )
+    for line in vm_find.tail(path, parsed.lines):
+        print(clean(line))
+    if parsed.follow:
+        with contextlib.suppress(KeyboardInterrupt):
+            _follow(path)
+    return 0
+
+
+def _logs(home: Home) -> list[str]:
+    parts = sorted(path.stem for path in (home.path / "log").glob("*.log"))
+    return [*(["console"] if home.state.console_log.exists() else []), *parts]
+
+
+def _follow(path: Path) -> None:
+    """Lines as they come; a log that is begun anew is followed there."""
+    file = path.open("rb")
+    file.seek(0, 2)
+    rest = b""
+    while True:
+        if octets := file.read(65536):
+            *lines, rest = (rest + octets).split(b"\n")
+            for line in lines:
+                print(clean(line.decode(errors="replace").rstrip("\r")), flush=True)
+            continue
+        time.sleep(_LOOK_S)
+        with contextlib.suppress(OSError):
+            now = path.stat()
+            if now.st_ino != os.fstat(file.fileno()).st_ino:
+                file.close()
+                file = path.open("rb")
+            elif now.st_size < file.tell():
+                file.seek(0)
+
+
+def plan(parsed: argparse.Namespace) -> int:
+    """Starts nothing, and looks for nothing but programs whose place decides."""
+    home, file = vm_find.find(parsed)
+    if file is None:
+        raise ConfigError(f"{home.path}: it is not known from which file it was made; name the file")
+    wanted = vm_find.load(file)
+    if parsed.hypervisor is not None:
+        hypervisor = dataclasses.replace(wanted.hypervisor, driver=parsed.hypervisor)
+        wanted = dataclasses.replace(wanted, hypervisor=hypervisor)
+    found = design(wanted, home, registry.load(wanted.hypervisor.driver))
+    if parsed.json:
+        print_json(showing.as_json(wanted, found))
+    else:
+        print("\n".join(showing.lines(wanted, found)))
+    return 0
+
+
+def build(parsed: argparse.Namespace) -> int:
+    """The paths of what was made are printed."""
+    from vm.supervisor import building
+
+    file = parsed.file.absolute()
+    out = parsed.output.absolute() if parsed.output is not None else file.parent
+    linuxkit = file
+    if building.is_machine(file):
+        named = vm_find.load(file).boot.linuxkit
+        if named is None:
+            raise ConfigError(f"{file}: boot: names no linuxkit file, so there is nothing to build")
+        linuxkit = named
+    for path in building.make(linuxkit, out, say=lambda text: print(clean(text), file=sys.stderr, flush=True)):
+        print(path)
+    return 0
+
+
+def link_docker_sock(parsed: argparse.Namespace) -> int:
+    """Replaces a link, or a socket that nobody serves; anything else is somebody's."""
+    home, file = vm_find.find(parsed)
+    wanted = vm_find.load(file) if file is not None else None
+    if wanted is None or wanted.docker is None:
+        raise ConfigError(f"{home.path.name} has no docker_socket in its file; add `docker_socket: docker.sock`")
+    target, path = services.docker_path(wanted, home.state), parsed.path
+    try:
+        _make_way(path, target)
+        scratch = path.with_name(f".{path.name}.{os.getpid()}")
+        scratch.symlink_to(target)
+        scratch.replace(path)
+    except PermissionError:
+        raise HostError(f"{path}: not permitted; run this as root, or give --path where you may write") from None
+    except OSError as error:
+        raise HostError(f"{path}: {error.strerror}") from None
+    print(f"{path} -> {target}")
+    return 0
+
+
+def _make_way(path: Path, target: Path) -> None:
+    """Raises `HostError` when what is there is not for us to replace."""
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if stat.S_ISLNK(mode) and path.readlink() == target:
+        return
+    if not stat.S_ISLNK(mode) and not stat.S_ISSOCK(mode):
+        raise HostError(f"{path} is neither a socket nor a link; move it away first")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(2.0)
+        try:
+            sock.connect(str(path))
+        except (FileNotFoundError, ConnectionRefusedError):
+            return
+        except OSError as error:
+            raise HostError(f"{path}: {error.strerror or error}; whether somebody serves it cannot be known") from None
+    raise HostError(f"{path} is served by another program; stop that first (systemctl stop docker.socket docker)")
