@@ -20,9 +20,9 @@ from typing import Final
 
 from netstack.errors import ConfigError
 from portfwd.ninep.wire import Qid
-from vm.filesystems.ninep import beneath, limits
+from vm.filesystems.ninep import beneath
 from vm.filesystems.ninep.beneath import by_fd
-from vm.filesystems.ninep.limits import Limits
+from vm.filesystems.ninep.limits import Limits, of_share
 from vm.filesystems.ninep.locks import Locks
 from vm.filesystems.ninep.messages import AT_REMOVEDIR, QTDIR, QTFILE, QTSYMLINK
 from vm.filesystems.ninep.nodes import Node, Nodes
@@ -63,9 +63,9 @@ def writes(flags: int) -> bool:
 class Share:
     """`export`, a directory. Raises `ConfigError` where it cannot be served."""
 
-    def __init__(self, export: Path, owners: Owners, *, read_only: bool = False, limits_: Limits | None = None) -> None:
+    def __init__(self, export: Path, owners: Owners, *, read_only: bool = False, limits: Limits | None = None) -> None:
         beneath.check_host()
-        self.limits = limits_ or Limits()
+        self.limits = limits or Limits()
         self.descriptors = self.limits.share_of_descriptors()
         self.owners = owners
         self.read_only = read_only
@@ -79,7 +79,7 @@ class Share:
             os.close(root)
             raise
         self.nodes = Nodes(root, max_held=self.descriptors // 2, max_nodes=self.limits.nodes)
-        self.opened = limits.of_share(self.descriptors)
+        self.opened = of_share(self.descriptors)
         self.locks = Locks()
         self._device = self.nodes.root.key[0]
 
