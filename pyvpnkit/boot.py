@@ -79,6 +79,10 @@ class Kind:
     """Besides those that they depend on."""
     stored: str
     """Its directory in the cache: another number where something else is to be kept of the packages."""
+    packages: tuple[str, ...] = ()
+    """More of Debian's packages, for programs besides `PROGRAMS`."""
+    files: tuple[str, ...] = ()
+    """What is kept of those: files, and directories with all that is in them, by their paths in the package and in the machine."""
 
 
 SMALL: Final = Kind("linux-image-cloud-amd64", ("virtio_pci", "virtio_net"), "machine-3")
@@ -104,8 +108,9 @@ def downloaded(at: Path, kind: Kind = SMALL) -> bool:
     return (at / kind.stored / "vmlinuz").exists()
 
 
-def parts(directory: Path, at: Path, kind: Kind = SMALL) -> Parts:
-    """The kernel, kept in the cache `at`, and an initramfs in `directory`. Raises `HostError` where there is none to be had."""
+def parts(directory: Path, at: Path, kind: Kind = SMALL, added: Iterable[tuple[str, int, bytes]] = ()) -> Parts:
+    """The kernel, kept in the cache `at`, and an initramfs in `directory`, with files `added` as for `newc`. Raises `HostError`
+    where there is none to be had."""
     stored = at / kind.stored
     if not downloaded(at, kind):
         if platform.system() != "Linux" or platform.machine() != "x86_64":
@@ -129,16 +134,27 @@ def parts(directory: Path, at: Path, kind: Kind = SMALL) -> Parts:
     ]
     files += [(where, 0o100755, (stored / name).read_bytes()) for name, where in PROGRAMS.items()]
     files += [(f"modules/{name}", 0o100644, (stored / name).read_bytes()) for name in order]
+    files += [*_tree(stored / "tree", set(folders)), *added]
     initrd = directory / "initrd.cpio"
     initrd.write_bytes(b"".join(newc(files)))
     return Parts(stored / "vmlinuz", initrd)
+
+
+def _tree(root: Path, there: set[str]) -> Iterator[tuple[str, int, bytes]]:
+    """All below `root`, each directory before what is in it, without those that are `there`."""
+    for path in sorted(root.rglob("*")):
+        name = str(path.relative_to(root))
+        if not path.is_dir():
+            yield name, 0o100755, path.read_bytes()
+        elif name not in there:
+            yield name, 0o040755, b""
 
 
 def _store(scratch: Path, kind: Kind) -> Path:
     """Download and unpack in `scratch`; the directory of what is worth keeping."""
     if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
         raise NotHere("the kernel comes by apt, and there is none here")
-    names = [_newest_kernel(kind.kernel), *PACKAGES]
+    names = [_newest_kernel(kind.kernel), *PACKAGES, *kind.packages]
     if _apt("apt-get", "download", *names, cwd=scratch) is None and (
         _apt("apt-get", "update") is None or _apt("apt-get", "download", *names, cwd=scratch) is None
     ):
@@ -157,6 +173,13 @@ def _store(scratch: Path, kind: Kind) -> Path:
         # A link to a file beside it, for libraries; what only has the name (of a directory, of completions) is smaller.
         found = [path for path in tree.rglob(name) if path.is_file()]
         shutil.copy(max(found, key=lambda path: path.stat().st_size), kept / name)
+    for name in kind.files:
+        source, target = tree / name, kept / "tree" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target)
+        else:
+            shutil.copy(source, target)
     shutil.copy(next(tree.glob("boot/vmlinuz-*")), kept / "vmlinuz")
     return kept
 

@@ -6,6 +6,7 @@ What is downloaded for it stays in `PYVPNKIT_TEST_CACHE`, or where the demo keep
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,10 @@ from pyvpnkit.machine import MAC, Card
 from tests.support.netns import Namespace
 
 
-def parts(directory: Path, kind: boot.Kind = boot.SMALL) -> Parts:
-    """The kernel, and an initramfs in `directory`; skips where there is none to be had."""
+def parts(directory: Path, kind: boot.Kind = boot.SMALL, added: Iterable[tuple[str, int, bytes]] = ()) -> Parts:
+    """The kernel, and an initramfs in `directory`, with files `added`; skips where there is none to be had."""
     try:
-        return boot.parts(directory, Path(os.environ.get("PYVPNKIT_TEST_CACHE") or boot.cache()), kind)
+        return boot.parts(directory, Path(os.environ.get("PYVPNKIT_TEST_CACHE") or boot.cache()), kind, added)
     except boot.NotHere as error:
         pytest.skip(f"expected: {error}")
     except HostError as error:
