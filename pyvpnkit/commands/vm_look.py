@@ -106,8 +106,8 @@ def build(parsed: argparse.Namespace) -> int:
         if named is None:
             raise ConfigError(f"{file}: boot: names no linuxkit file, so there is nothing to build")
         linuxkit = named
-    for path in building.make(linuxkit, out, say=lambda text: print(clean(text), file=sys.stderr, flush=True)):
-        print(path)
+    built = building.make(linuxkit, out, say=lambda text: print(clean(text), file=sys.stderr, flush=True))
+    print(f"{built.kernel}\n{built.initrd}")
     return 0
 
 

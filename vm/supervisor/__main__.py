@@ -22,7 +22,7 @@ from typing import Any, Final
 from netstack.errors import ConfigError, HostError, NetstackError
 from vm import settings
 from vm.hypervisors import registry
-from vm.supervisor.building import build
+from vm.supervisor.building import build, disagreements
 from vm.supervisor.control import serving
 from vm.supervisor.home import Home
 from vm.supervisor.journal import Entry
@@ -73,6 +73,8 @@ async def supervise(home: Home, wanted: settings.VmSettings, report: Report) -> 
     supervisor = Supervisor(wanted, home, registry.load(wanted.hypervisor.driver), build=build)
     if left:
         supervisor.journal.add("reclaimed", f"ended what a killed supervisor left: {', '.join(left)}")
+    for complaint in disagreements(wanted):
+        supervisor.journal.add("warning", complaint, level=logging.WARNING)
     loop = asyncio.get_running_loop()
     asked: list[int] = []
 

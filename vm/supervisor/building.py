@@ -1,30 +1,89 @@
-"""What `boot.linuxkit` names is built into `STATE/boot` before the machine starts."""
+"""What `boot.linuxkit` names is built into `STATE/boot` before the machine starts.
+
+It is done by a program of its own, `python -m vm.supervisor.building FILE --output DIR`: unpacking takes seconds in which the
+supervisor has to hear, and a machine that is taken down meanwhile does not wait for it.
+"""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from netstack.errors import ConfigError
+from netstack.errors import ConfigError, HostError, NetstackError
+from vm.build.build import CMDLINE, Built
+from vm.build.build import build as build_machine
+from vm.hypervisors.process import spawn
+from vm.linuxkit import vsock_table
+from vm.linuxkit.load import load
 from vm.settings import VmSettings
-from vm.supervisor.design import built
 from vm.supervisor.home import Home
 from vm.yaml_lines import Complaints, Table, parse, read
 
+NAME = "build"
 
-async def build(settings: VmSettings, home: Home) -> None:
-    """Raises `ConfigError`, `HostError`."""
+
+async def build(settings: VmSettings, home: Home, out: Path, say: Callable[[str], None]) -> None:
+    """Make the kernel and the initrd in `out`. Raises `HostError` with what the builder complains of."""
     assert settings.boot.linuxkit is not None
-    await asyncio.to_thread(make, settings.boot.linuxkit, built(home.state))
+    words = [sys.executable, "-m", "vm.supervisor.building", str(settings.boot.linuxkit), "--output", str(out)]
+    process = await spawn(words, log=home.state.log(NAME), stdout=subprocess.PIPE)
+    home.record(NAME, process.pid)
+    try:
+        assert process.stdout is not None
+        async for line in process.stdout:
+            say(line.decode(errors="replace").rstrip())
+        if await process.wait():
+            raise HostError(process.said().removeprefix("pyvpnkit: ") or "the build failed")
+    finally:
+        await process.close()
+        home.forget(NAME)
 
 
-def make(linuxkit: Path, out: Path, *, say: Callable[[str], None] = lambda _text: None) -> tuple[Path, ...]:
-    """The kernel and the initrd of a LinuxKit file, in `out`. Raises `ConfigError`, `HostError`."""
-    raise ConfigError("building is not there yet")
+def make(linuxkit: Path, out: Path, *, say: Callable[[str], None]) -> Built:
+    """The same here and now. Raises `ConfigError`, `HostError`."""
+    built = build_machine(load(linuxkit), out, base_directory=linuxkit.parent, progress=say)
+    for warning in built.warnings:
+        say(f"{warning}")
+    return built
+
+
+def command_line(linuxkit: Path) -> str:
+    """The kernel's command line as the file has it; its default where there is no file yet. Raises `ConfigError`."""
+    if not linuxkit.is_file():
+        return CMDLINE
+    kernel = load(linuxkit).kernel
+    return (kernel.cmdline if kernel is not None else None) or CMDLINE
+
+
+def disagreements(settings: VmSettings) -> tuple[str, ...]:
+    """Ports of vsock that its services do not take, as far as their command lines show. Raises `ConfigError`."""
+    if settings.boot.linuxkit is None:
+        return ()
+    return vsock_table.check(vsock_table.derive(load(settings.boot.linuxkit)), settings.vsock_ports)
 
 
 def is_machine(file: Path) -> bool:
-    """Whether a file describes a machine rather than what is in one."""
+    """Whether a file describes a machine rather than what is in one. Raises `ConfigError`."""
     root = parse(read(file), str(file), Complaints())
     return isinstance(root, Table) and any(key.text == "boot" for key, _ in root.entries)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Progress is a line each on standard output; 1 with a complaint on standard error."""
+    parser = argparse.ArgumentParser(prog="python -m vm.supervisor.building", allow_abbrev=False)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--output", type=Path, required=True)
+    parsed = parser.parse_args(argv)
+    try:
+        make(parsed.file, parsed.output, say=lambda text: print(text, flush=True))
+    except NetstackError as error:
+        print(f"pyvpnkit: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

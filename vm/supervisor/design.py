@@ -1,4 +1,5 @@
-"""From what a file says to everything that will be started. Pure: nothing is opened, looked up or begun.
+"""From what a file says to everything that will be started. Nothing is begun, made or asked; of files only the
+LinuxKit one is read, for the kernel's command line.
 
 What the file leaves open is chosen by what the hypervisor can do, the fastest first.
 """
@@ -12,9 +13,10 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from vm.api import Caps, Hypervisor, Nic, NicKind, Plan, ShareKind, Sidecar, StateDir, Unsupported, VmSpec, VsockSpec
+from vm.build.build import CMDLINE
 from vm.filesystems import registry
 from vm.settings import SHARE_KINDS, ShareSettings, VmSettings, disks_of, shares_of
-from vm.supervisor import network
+from vm.supervisor import building, network
 from vm.supervisor.home import Home
 
 NIC_ORDER: Final[tuple[NicKind, ...]] = ("vhost-user", "qemu-stream", "unixgram", "vmnet", "qemu-dgram", "tap")
@@ -100,7 +102,7 @@ def spec_of(settings: VmSettings, home: Home, driver: Hypervisor) -> VmSpec:
         memory_mib=settings.memory_mib,
         kernel=kernel,
         initrd=initrd,
-        cmdline=boot.cmdline if boot.cmdline is not None else "console=ttyS0",
+        cmdline=_command_line(settings),
         disks=disks_of(settings),
         nics=nics,
         shares=shares,
@@ -108,6 +110,13 @@ def spec_of(settings: VmSettings, home: Home, driver: Hypervisor) -> VmSpec:
         accel=settings.hypervisor.accel,
         extra=settings.hypervisor.extra,
     )
+
+
+def _command_line(settings: VmSettings) -> str:
+    boot = settings.boot
+    if boot.cmdline is not None:
+        return boot.cmdline
+    return building.command_line(boot.linuxkit) if boot.linuxkit is not None else CMDLINE
 
 
 def design(settings: VmSettings, home: Home, driver: Hypervisor) -> Design:

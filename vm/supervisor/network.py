@@ -66,9 +66,9 @@ def forwarder(settings: VmSettings, state: StateDir, vsock: VsockKind | None) ->
     generation = settings.vsock.forwarder_generation if settings.vsock is not None else 3
     cid = settings.vsock.cid if settings.vsock is not None else 3
     match vsock:
-        case "hyperkit" | "vhost-user":
+        case "hyperkit":
             return f"hyperkit:{state.vsock}/connect,cid={cid},port={port},generation={generation}"
-        case "hybrid":
+        case "hybrid" | "vhost-user":  # of our device's two ways the one that tells of a port nobody serves
             return f"connect:{state.vsock}/vsock,port={port},generation={generation}"
         case "per-port":
             return f"unix:{state.vsock}/{cid:08x}.{port:08x},generation={generation}"

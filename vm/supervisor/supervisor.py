@@ -23,13 +23,14 @@ import logging
 import os
 import time
 from collections.abc import Awaitable, Callable, Coroutine
+from pathlib import Path
 from typing import Any, Final
 
 from netstack.errors import ConfigError, HostError, NetstackError
 from vm.api import EventKind, Hypervisor, Machine, Sidecar, Vsock
 from vm.settings import VmSettings
 from vm.supervisor import probes, services
-from vm.supervisor.design import Design, design, missing
+from vm.supervisor.design import Design, built, design, missing
 from vm.supervisor.home import Home
 from vm.supervisor.journal import Journal
 from vm.supervisor.lifecycle import ENDS, TRANSITIONS, UP, Cause, Input, State, Verdict, backoff
@@ -43,8 +44,8 @@ log = logging.getLogger("vm.supervisor")
 GONE_S: Final = 0.5
 """How long a machine may take to end after a part beside it that ends with it."""
 
-Build = Callable[[VmSettings, Home], Awaitable[None]]
-"""Makes the kernel and the initrd of `boot.linuxkit`, where they are not there yet. Raises `HostError`, `ConfigError`."""
+Build = Callable[[VmSettings, Home, Path, Callable[[str], None]], Awaitable[None]]
+"""Makes the kernel and the initrd of `boot.linuxkit` in a directory, and says how it goes. Raises `HostError`, `ConfigError`."""
 
 
 class Supervisor:
@@ -254,7 +255,10 @@ class Supervisor:
             raise ConfigError("\n".join(complaints))
         if self.settings.boot.linuxkit is not None and self._build is not None:
             self.journal.add("progress", f"building {self.settings.boot.linuxkit}")
-            await self._build(self.settings, self.home)
+            await self._build(
+                self.settings, self.home, built(self.home.state), lambda text: self.journal.add("build", text)
+            )
+            self._build = None  # the machine that comes again is the same
         await self._network_up()
         for sidecar in self.design.sidecars:
             if not sidecar.after_machine:
