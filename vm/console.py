@@ -14,10 +14,11 @@ import contextlib
 import errno
 import logging
 import os
+import socket
 import termios
 import time
 import tty
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -26,6 +27,7 @@ from vm.console_log import MOST, LogKeeper
 
 log = logging.getLogger("pyvpnkit")
 
+CHUNK: Final = 4096
 LINK_WAIT_S: Final = 10.0
 _LINK_POLL_S: Final = 0.02
 
@@ -101,40 +103,75 @@ class LinkedConsole:
     def __init__(self, path: Path, log: Path) -> None:
         self.path = path
         self.log = log
+        self._attached: set[asyncio.Task[None]] = set()
 
     async def attach(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         others = holders(self.path)
         if others:
             log.warning("console: %s is open in %s too; each gets a part of what it says", self.path, ", ".join(others))
-        return await _streams(open_pty(self.path))
+        terminal = open_pty(self.path)
+        ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        task = asyncio.create_task(_between(terminal, theirs))
+        self._attached.add(task)
+        task.add_done_callback(self._attached.discard)
+        return await asyncio.open_unix_connection(sock=ours)
 
-    def unlink(self) -> None:
-        """Remove the link; harmless when repeated."""
+    async def close(self) -> None:
+        """Remove the link, and let go of who is attached; harmless when repeated."""
         with contextlib.suppress(OSError):
             if self.path.is_symlink():
                 self.path.unlink()
+        for task in self._attached:
+            task.cancel()
+        await asyncio.gather(*self._attached, return_exceptions=True)
 
 
-class _Written(asyncio.StreamReaderProtocol):
-    """Lets go of the reading side with the writing side."""
+async def _between(terminal: int, sock: socket.socket) -> None:
+    """Carry octets between a terminal and a socket until either ends; closes both.
 
-    def __init__(self, reading: asyncio.BaseTransport, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(asyncio.StreamReader(loop=loop), loop=loop)
-        self._reading = reading
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._reading.close()
-        super().connection_lost(exc)
-
-
-async def _streams(fd: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Streams over a terminal, which they take over."""
+    (Loops have pipe transports, but uvloop's does not read from a terminal.)
+    """
     loop = asyncio.get_running_loop()
-    reader = asyncio.StreamReader(loop=loop)
-    ours, again = os.fdopen(fd, "rb", 0), os.fdopen(os.dup(fd), "wb", 0)
-    reading, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader, loop=loop), ours)
-    writing, protocol = await loop.connect_write_pipe(lambda: _Written(reading, loop), again)
-    return reader, asyncio.StreamWriter(writing, protocol, None, loop)
+    with contextlib.closing(sock), os.fdopen(terminal, "rb", 0):
+        ways = [
+            asyncio.ensure_future(_shown(loop, terminal, sock)),
+            asyncio.ensure_future(_typed(loop, terminal, sock)),
+        ]
+        try:
+            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for way in ways:
+                way.cancel()
+            await asyncio.gather(*ways, return_exceptions=True)
+
+
+async def _shown(loop: asyncio.AbstractEventLoop, terminal: int, sock: socket.socket) -> None:
+    data: bytes | None = None
+    while data != b"":
+        data = None
+        await _ready(terminal, loop.add_reader, loop.remove_reader)
+        with contextlib.suppress(BlockingIOError):
+            data = os.read(terminal, CHUNK)
+            await loop.sock_sendall(sock, data)
+
+
+async def _typed(loop: asyncio.AbstractEventLoop, terminal: int, sock: socket.socket) -> None:
+    while data := await loop.sock_recv(sock, CHUNK):
+        while data:
+            try:
+                data = data[os.write(terminal, data) :]
+            except BlockingIOError:
+                await _ready(terminal, loop.add_writer, loop.remove_writer)
+
+
+async def _ready(fd: int, add: Callable[..., None], remove: Callable[[int], object]) -> None:
+    ready = asyncio.Event()
+    add(fd, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        remove(fd)
 
 
 class PtyConsole(LinkedConsole):
@@ -164,7 +201,7 @@ class PtyConsole(LinkedConsole):
 
     async def close(self) -> None:
         await self._keeper.close()
-        self.unlink()
+        await super().close()
 
 
 def _is_there(path: Path) -> bool:

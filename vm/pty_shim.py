@@ -125,7 +125,7 @@ class PtyShim(LinkedConsole):
         """Harmless when repeated."""
         self._end()
         self._part()
-        self.unlink()
+        await super().close()
 
     # The machine's side.
 

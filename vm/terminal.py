@@ -68,9 +68,9 @@ def interact(
             say(f"{path} is open in {', '.join(others)} too; each gets a part of what the machine says")
         if at_terminal:
             say(f"{path}: press {_name(escape)} to leave")
-        if log is not None and lines:
-            _write(stdout, last_lines(log, lines))
         with _raw(stdin) if at_terminal else contextlib.nullcontext():
+            if log is not None and lines:
+                _write(stdout, last_lines(log, lines))
             left = _carry(console.fileno(), stdin, stdout, escape if at_terminal else b"", quiet_s)
     if at_terminal:
         say(f"\r\n{left.value}")
@@ -140,7 +140,7 @@ def _raw(terminal: int) -> Iterator[None]:
     handlers = {number: signal.signal(number, _raise) for number in _ENDING} if here else {}
     ended_by = 0
     try:
-        tty.setraw(terminal)
+        tty.setraw(terminal, termios.TCSADRAIN)  # what is typed already is not thrown away
         yield
     except _Ended as ended:
         ended_by = ended.number
