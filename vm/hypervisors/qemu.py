@@ -61,7 +61,7 @@ class Qemu:
         await prepare(plan)
         with contextlib.suppress(FileExistsError):
             os.close(os.open(state.console_log, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
-        process = await spawn(plan.argv, plan.env, log=state.log("hypervisor"), install=INSTALL)
+        process = await spawn(plan.argv, plan.env, log=state.log(NAME), install=INSTALL)
         try:
             events = _Held()
             qmp = await self._monitor(process, state.monitor, events)
