@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any, Final, Self
 
 from netstack.link.listening import UnixSocket
-from vm.accepting import Acceptor
+from vm.accepting import Acceptor, same_user
 from vm.filesystems.ninep.connection import Connection
 from vm.filesystems.ninep.pool import Pool
 from vm.filesystems.ninep.share import Share
@@ -24,6 +24,11 @@ log = logging.getLogger("pyvpnkit.ninep")
 
 GRACE_S: Final = 5.0
 """How long requests that run may go on when the server ends."""
+
+
+def _admit(sock: socket.socket) -> bool:
+    """Of a Unix socket, this user's programs. Who listens on anything else means whoever can reach that."""
+    return sock.family != socket.AF_UNIX or same_user(sock)
 
 
 class FileServer:
@@ -43,7 +48,8 @@ class FileServer:
         for listener in self._listeners:
             sock = listener.sock if isinstance(listener, UnixSocket) else listener
             sock.setblocking(False)
-            self._acceptors.append(Acceptor(sock, self.serve, name="9p files", limit=self.share.limits.connections))
+            limit = self.share.limits.connections
+            self._acceptors.append(Acceptor(sock, self.serve, name="9p files", limit=limit, admit=_admit))
         return self
 
     async def __aexit__(self, *_exc: object) -> None:
