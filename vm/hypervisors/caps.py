@@ -27,10 +27,10 @@ class Traits:
     readonly_disks: bool = True
     dialled_ports: int | None = None
     """So many vsock ports that the host dials."""
-    owners: frozenset[Owner] | None = None
-    """Of the virtiofs that it serves itself; `None`: it is the server's matter."""
+    owners: frozenset[Owner] = frozenset({"passthrough", "mapped", "squash"})
+    """Of its virtiofs: virtiofsd's, unless it serves that itself."""
     readonly_shares: bool = True
-    """Of the virtiofs that it serves itself."""
+    """Of its virtiofs."""
 
 
 _RAW: Final = frozenset({"raw"})
@@ -170,7 +170,7 @@ def _wishes(spec: VmSpec) -> Iterator[_Wish]:
     for share in spec.shares:
         yield _share(share)
         if share.kind == "virtiofs":
-            yield from _own_virtiofs(share)
+            yield from _virtiofs(share)
     for disk in spec.disks:
         yield _disk(str(disk.path), disk.format)
         if disk.readonly:
@@ -202,16 +202,14 @@ def _share(share: Share) -> _Wish:
     )
 
 
-def _own_virtiofs(share: Share) -> Iterator[_Wish]:
+def _virtiofs(share: Share) -> Iterator[_Wish]:
     yield _Wish(
-        lambda has: (
-            f"share {share.tag}: owner {share.owner}: its own virtiofs has {_list(has.owners or frozenset())}, and 9p-vsock any"
-        ),
-        lambda has: "virtiofs" in has.caps.shares and (has.owners is None or share.owner in has.owners),
+        lambda has: f"share {share.tag}: owner {share.owner}: its virtiofs has {_list(has.owners)}, and 9p-vsock any",
+        lambda has: "virtiofs" in has.caps.shares and share.owner in has.owners,
     )
     if share.readonly:
         yield _Wish(
-            lambda _: f"share {share.tag}: its own virtiofs has no read-only shares",
+            lambda _: f"share {share.tag}: its virtiofs has no read-only shares",
             lambda has: "virtiofs" in has.caps.shares and has.readonly_shares,
         )
 

@@ -12,8 +12,7 @@ from typing import Any, Final
 from vm.api import Disk, Hypervisor, Machine, Nic, Plan, RestCall, Share, StateDir, VmSpec
 from vm.hypervisors.caps import caps_of, check
 from vm.hypervisors.machine import Orders, start_by_rest
-from vm.hypervisors.tap import keeper
-from vm.hypervisors.words import HYBRID, mounts, plain
+from vm.hypervisors.words import HYBRID, plain
 
 NAME: Final = "cloud-hypervisor"
 API: Final = "/api/v1"
@@ -56,11 +55,9 @@ class CloudHypervisor:
             driver=NAME,
             argv=tuple(argv),
             disks=spec.disks,
-            sidecars=tuple(keeper(nic) for nic in spec.nics if nic.kind == "tap"),
             sockets=tuple(sockets),
             console="printed",
             vsock=None if spec.vsock is None else "hybrid",
-            mounts=mounts(spec),
         )
 
     async def start(self, plan: Plan, state: StateDir) -> Machine:

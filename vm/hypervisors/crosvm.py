@@ -15,12 +15,12 @@ from collections.abc import Iterator
 from typing import Final
 
 from netstack.errors import HostError
-from vm.api import Console, Disk, Hypervisor, Machine, Nic, Plan, Share, StateDir, VmSpec, VsockKind, VsockSpec
+from vm.api import Console, Disk, Hypervisor, Machine, Nic, Plan, Share, Sidecar, StateDir, VmSpec, VsockKind, VsockSpec
 from vm.hypervisors.caps import caps_of, check
 from vm.hypervisors.machine import LIMIT_S, ProcessMachine, spawn_on_pty
 from vm.hypervisors.prepare import prepare
 from vm.hypervisors.process import Process, spawn, until
-from vm.hypervisors.tap import keeper
+from vm.hypervisors.qemu_plan import vsock_device
 from vm.hypervisors.words import flagged, mounts, plain
 
 NAME: Final = "crosvm"
@@ -54,11 +54,11 @@ class Crosvm:
             driver=NAME,
             argv=tuple(argv),
             disks=spec.disks,
-            sidecars=tuple(keeper(nic) for nic in spec.nics if nic.kind == "tap"),
+            sidecars=_beside(spec.vsock),
             sockets=(state.monitor,),
             console="stdio",
             vsock=_vsock_kind(spec.vsock),
-            mounts=mounts(spec),
+            mounts=mounts(spec, state, self.caps),
         )
 
     async def start(self, plan: Plan, state: StateDir) -> Machine:
@@ -130,6 +130,10 @@ def _vsock(vsock: VsockSpec | None) -> list[str]:
     if vsock.socket is None:
         return ["--vsock", str(vsock.cid)]
     return ["--vhost-user", f"type=vsock,socket={plain(NAME, 'vsock device', vsock.socket)}"]
+
+
+def _beside(vsock: VsockSpec | None) -> tuple[Sidecar, ...]:
+    return () if vsock is None or vsock.socket is None else (vsock_device(vsock, vsock.socket),)
 
 
 def _vsock_kind(vsock: VsockSpec | None) -> VsockKind | None:

@@ -22,7 +22,6 @@ from vm.hypervisors.machine import LIMIT_S, ProcessMachine
 from vm.hypervisors.prepare import prepare
 from vm.hypervisors.process import Process, spawn, until
 from vm.hypervisors.rest import listens
-from vm.hypervisors.words import mounts
 from vm.pty_shim import PtyShim
 
 NAME: Final = "fake"
@@ -60,7 +59,6 @@ class Fake:
             sockets=tuple(sockets),
             console="printed",
             vsock=None if spec.vsock is None else vsock,
-            mounts=mounts(spec),
         )
 
     async def start(self, plan: Plan, state: StateDir) -> Machine:

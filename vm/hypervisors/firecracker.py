@@ -4,8 +4,8 @@ It is started empty and told by REST what it is, each part by a call; the last o
 and output, for which we make the pty.
 
 **Network.** It has TAPs only, and opens the device by its name. A TAP has one program at its descriptor: that is Firecracker, so
-our network takes the other side, the interface: `--link packet:NAME`. `vm.hypervisors.tap` makes such a TAP and keeps the host's
-own network stack out of it; it must be there before the network is.
+our network takes the other side, the interface: `--link packet:NAME`. `vm.hypervisors.tap` makes such a TAP for it and keeps the
+host's own network stack out.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ from typing import Any, Final
 
 from vm.api import Disk, Hypervisor, Machine, Nic, Plan, RestCall, StateDir, VmSpec
 from vm.hypervisors.caps import caps_of, check
-from vm.hypervisors.machine import Orders, RestMachine, spawn_on_pty
-from vm.hypervisors.prepare import prepare
+from vm.hypervisors.machine import Orders, RestMachine, place, spawn_on_pty
 from vm.hypervisors.rest import Rest
-from vm.hypervisors.tap import keeper
 from vm.hypervisors.words import HYBRID
 
 NAME: Final = "firecracker"
@@ -49,7 +47,6 @@ class Firecracker:
             driver=NAME,
             argv=(NAME, "--id", str(spec.uuid), "--api-sock", str(state.monitor), *spec.extra),
             disks=spec.disks,
-            sidecars=tuple(keeper(nic) for nic in spec.nics if nic.kind == "tap"),
             rest=tuple(_calls(spec)),
             sockets=(state.monitor,) if spec.vsock is None else (state.monitor, spec.vsock.directory / HYBRID),
             console="stdio",
@@ -57,7 +54,7 @@ class Firecracker:
         )
 
     async def start(self, plan: Plan, state: StateDir) -> Machine:
-        await prepare(plan)
+        await place(plan, state)
         async with contextlib.AsyncExitStack() as undo:
             console, process = await spawn_on_pty(plan, state, install=_INSTALL, undo=undo)
             rest = Rest(state.monitor, NAME)

@@ -20,7 +20,7 @@ from vm.hypervisors.caps import caps_of, check
 from vm.hypervisors.machine import LIMIT_S, ProcessMachine
 from vm.hypervisors.prepare import prepare
 from vm.hypervisors.process import spawn, until
-from vm.hypervisors.words import flagged, mounts, plain
+from vm.hypervisors.words import flagged, plain
 from vm.vsock.api.per_port import host_dials
 
 NAME: Final = "hyperkit"
@@ -64,7 +64,6 @@ class HyperKit:
             sockets=() if spec.vsock is None else (spec.vsock.directory / "connect", *_forwards(spec.vsock)),
             console="link",
             vsock=None if spec.vsock is None else "hyperkit",
-            mounts=mounts(spec),
         )
 
     async def start(self, plan: Plan, state: StateDir) -> Machine:

@@ -18,6 +18,7 @@ from vm.hypervisors.caps import cannot
 from vm.hypervisors.prepare import prepare
 from vm.hypervisors.process import Process, spawn
 from vm.hypervisors.rest import Rest
+from vm.hypervisors.words import named_both_ways
 from vm.pty_shim import PtyShim
 
 LIMIT_S: Final = 10.0
@@ -124,11 +125,18 @@ class RestMachine(ProcessMachine):
         await self._rest.call(self._orders["powerdown"])
 
 
+async def place(plan: Plan, state: StateDir) -> None:
+    """What has to be there before the hypervisor is. Raises `ConfigError`, `HostError`."""
+    await prepare(plan)
+    if plan.vsock == "hybrid":
+        named_both_ways(state.vsock)
+
+
 async def start_by_rest(
     plan: Plan, state: StateDir, *, install: str, inspect: str, pty: Callable[[Any], str], orders: Orders
 ) -> Machine:
     """Start what tells the console's pty by its REST API: `pty` finds it in the answer to `inspect`. Raises `HostError`."""
-    await prepare(plan)
+    await place(plan, state)
     async with contextlib.AsyncExitStack() as undo:
         process = await spawn(plan.argv, plan.env, log=state.log(plan.driver), install=install)
         undo.push_async_callback(process.close)

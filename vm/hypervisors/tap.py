@@ -1,8 +1,7 @@
 """A TAP device for a hypervisor that has nothing else, kept from the host's own network stack (Linux, CAP_NET_ADMIN).
 
-    python -m vm.hypervisors.tap --name vmtap0        # until SIGTERM or SIGINT
-    pyvpnkit run --link packet:vmtap0                 # afterwards: our network is at the interface
-    firecracker ... host_dev_name vmtap0              # the hypervisor is at the descriptor
+    python -m vm.hypervisors.tap --name vmtap0 -- pyvpnkit run --link packet:vmtap0    # our network is at the interface
+    firecracker ... host_dev_name vmtap0                                              # the hypervisor is at the descriptor
 
 A TAP has one program at its descriptor, so our own `tap:` link cannot be beside a hypervisor there. What comes out of the guest
 arrives at the interface like frames from a wire: at our network, which reads all of them (AF_PACKET), and then at the host's own
@@ -10,23 +9,26 @@ stack, where the guest would reach every service of the host that listens on all
 is what keeps it out: the host answers no ARP there, takes no packet for itself out of a broadcast frame, and its MAC address, by
 which alone it takes others, is never sent. (A filter of `tc` would be plainer, but not every kernel has one that drops.)
 
-A device that exists is left as it is, but for one that we left behind (its alias says so), which is set up anew and removed.
+It makes the device, runs the command, hands signals on to it, and removes the device when it was asked to end. When the command
+ends by itself the device stays, for a machine may have it open, and the next run takes it over (its alias says whose it is). A
+device of somebody else's is used as it is and left there.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
 from netstack.errors import ConfigError
-from vm.api import Lost, Nic, Sidecar
+from vm.api import Nic
 
 _ALIAS: Final = "pyvpnkit"
 _SHIELD: Final = {
@@ -36,14 +38,15 @@ _SHIELD: Final = {
     "ipv4/rp_filter": "1",  # nothing is routed there, so no source is right
     "ipv4/forwarding": "0",
 }
+_ENDS: Final = (signal.SIGTERM, signal.SIGINT)
+_HANDED_ON: Final = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _SYSTEM: Final = "/usr/sbin:/sbin"
 MAX_NAME: Final = 15  # IFNAMSIZ, with the zero behind it
 
 
-def keeper(nic: Nic) -> Sidecar:
-    """What makes `nic`'s TAP. It has to be ready before the network's daemon starts, whose link is `packet:NAME`."""
-    words = ("--name", nic.tap, "--mtu", str(nic.mtu), "--ready-fd", "{ready_fd}")
-    return Sidecar(name=f"tap-{nic.tap}", argv=(sys.executable, "-m", __name__, *words), lost=Lost.DEGRADED)
+def behind(nic: Nic, command: Sequence[str]) -> tuple[str, ...]:
+    """`command`, which has `--link packet:NAME`, so that `nic`'s TAP is there for it."""
+    return (sys.executable, "-m", __name__, "--name", nic.tap, "--mtu", str(nic.mtu), "--", *command)
 
 
 class Tap:
@@ -61,11 +64,12 @@ class Tap:
                 raise ConfigError(
                     f"tap {name}: there is an interface of that name which is no TAP; choose another name"
                 )
-            if (found / "ifalias").read_text().strip() != _ALIAS:
+            self._ours = (found / "ifalias").read_text().strip() == _ALIAS
+            if not self._ours:
                 return
-            _run("ip", "link", "delete", name)
-        _run("ip", "tuntap", "add", "dev", name, "mode", "tap", "user", str(os.getuid() if uid is None else uid))
-        self._ours = True
+        else:
+            _run("ip", "tuntap", "add", "dev", name, "mode", "tap", "user", str(os.getuid() if uid is None else uid))
+            self._ours = True
         try:
             self._set_up(mtu)
         except ConfigError:
@@ -102,24 +106,56 @@ def _run(program: str, *words: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = argparse.ArgumentParser(prog="python -m vm.hypervisors.tap", description="Make and keep a TAP device.")
+    options = argparse.ArgumentParser(
+        prog="python -m vm.hypervisors.tap", description="Make a TAP device for a command."
+    )
     options.add_argument("--name", required=True, help="of the device, for instance vmtap0")
     options.add_argument("--mtu", type=int, default=1500, help="default: 1500")
     options.add_argument("--uid", type=int, help="of the user who may open it; default: ours")
-    options.add_argument("--ready-fd", type=int, metavar="N", help="descriptor that is closed when the device is there")
+    options.add_argument("command", nargs="+", help="what is run beside it, after --")
     chosen = options.parse_args(argv)
-    ends = {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # one that comes while it is made waits until it can be removed
+    signal.pthread_sigmask(
+        signal.SIG_BLOCK, (*_ENDS, *_HANDED_ON, signal.SIGCHLD)
+    )  # taken by `_beside`, none too early
     try:
         tap = Tap(chosen.name, mtu=chosen.mtu, uid=chosen.uid)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 1
-    if chosen.ready_fd is not None:
-        os.close(chosen.ready_fd)
-    signal.sigwait(ends)
-    tap.close()
-    return 0
+    try:
+        child = subprocess.Popen(chosen.command, close_fds=False, preexec_fn=_bound_to(os.getpid()))
+    except OSError as error:
+        print(f"{chosen.command[0]}: {error.strerror}", file=sys.stderr)
+        tap.close()
+        return 127
+    asked = _beside(child)
+    if asked:
+        tap.close()
+    return child.returncode if child.returncode >= 0 else 128 - child.returncode
+
+
+def _bound_to(parent: int) -> Callable[[], None]:
+    """It ends with us, however we end; nothing else runs here that could hold a lock between fork and exec."""
+    libc = ctypes.CDLL(None)
+
+    def bound() -> None:
+        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(1)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+    return bound
+
+
+def _beside(child: subprocess.Popen[bytes]) -> bool:
+    """Until it has ended; whether it was asked to."""
+    asked = False
+    while child.poll() is None:
+        number = signal.sigwait((*_ENDS, *_HANDED_ON, signal.SIGCHLD))
+        if number != signal.SIGCHLD:
+            asked |= number in _ENDS
+            child.send_signal(number)
+    return asked
 
 
 if __name__ == "__main__":

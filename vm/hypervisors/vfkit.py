@@ -7,10 +7,11 @@ files act as the user that runs it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from vm.api import Hypervisor, Machine, Nic, Plan, RestCall, Share, StateDir, VmSpec, VsockSpec
+from vm.filesystems import ninep_share
 from vm.hypervisors.caps import caps_of, check
 from vm.hypervisors.machine import Orders, start_by_rest
 from vm.hypervisors.words import flagged, mounts, plain
@@ -57,7 +58,7 @@ class Vfkit:
             sockets=(state.monitor, *dialled),
             console="printed",
             vsock=None if spec.vsock is None else "per-port",
-            mounts=mounts(spec),
+            mounts=mounts(spec, state, self.caps),
         )
 
     async def start(self, plan: Plan, state: StateDir) -> Machine:
@@ -80,7 +81,7 @@ def _loader(spec: VmSpec, state: StateDir) -> str:
 def _devices(spec: VmSpec) -> Iterator[str]:
     yield from (_nic(nic) for nic in spec.nics if nic.kind != "none")
     if spec.vsock is not None:
-        yield from _vsock(spec.vsock)
+        yield from _vsock(spec.vsock, spec.shares)
     yield from (f"virtio-blk,path={plain(NAME, 'disk', disk.path)}" for disk in spec.disks)
     yield from (_share(share) for share in spec.shares if share.kind == "virtiofs")
     yield "virtio-rng"
@@ -92,11 +93,12 @@ def _nic(nic: Nic) -> str:
     return f"virtio-net,unixSocketPath={path}" + (f",mac={nic.mac}" if nic.mac else "")
 
 
-def _vsock(vsock: VsockSpec) -> Iterator[str]:
+def _vsock(vsock: VsockSpec, shares: Sequence[Share]) -> Iterator[str]:
     directory = plain(NAME, "vsock directory", vsock.directory)
     for port in vsock.ports.values():
         yield f"virtio-vsock,port={port},socketURL={directory}/{host_dials(vsock.cid, port)},connect"
-    for port in vsock.served.values():
+    over_vsock = sum(share.kind == "9p-vsock" for share in shares)
+    for port in (*vsock.served.values(), *map(ninep_share.port, range(over_vsock))):
         yield f"virtio-vsock,port={port},socketURL={directory}/{guest_dials(port)},listen"
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
+import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from netstack.errors import ConfigError
-from vm.api import Share, VmSpec
+from vm.api import Caps, StateDir, VmSpec
+from vm.filesystems.mounts import mount
+from vm.filesystems.registry import endpoints
 
 HYBRID: Path = Path("vsock")
 """The socket that takes CONNECT, in the directory of vsock's sockets (spec companions 1.2, 4.2)."""
@@ -29,16 +31,19 @@ def flagged(flag: str, values: Iterable[str]) -> Iterator[str]:
         yield value
 
 
-def mounts(spec: VmSpec) -> tuple[str, ...]:
-    """What the guest has to run for the shares on virtio devices."""
-    return tuple(_mount(share) for share in spec.shares if share.kind in ("virtiofs", "9p-socket"))
+def mounts(spec: VmSpec, state: StateDir, offers: Caps) -> tuple[str, ...]:
+    """What the guest has to run for its shares, where the hypervisor serves virtiofs itself."""
+    return tuple(
+        endpoint.mount or mount("virtiofs", endpoint.share.tag, endpoint.share)
+        for endpoint in endpoints(spec, state, offers)
+    )
 
 
-def _mount(share: Share) -> str:
-    options = ["ro"] if share.readonly else []
-    if share.kind == "virtiofs":
-        kind = "virtiofs"
-    else:
-        kind, options = "9p", ["trans=virtio,version=9p2000.L", *options]
-    words = ["mount", "-t", kind, *(["-o", ",".join(options)] if options else []), share.tag, share.target]
-    return shlex.join(words)
+def named_both_ways(directory: Path) -> None:
+    """For a hypervisor that dials `vsock_PORT`: what listens at HyperKit's names of CID 2, as shares of kind 9p-vsock do."""
+    for path in directory.glob(f"{2:08x}.????????"):
+        with contextlib.suppress(ValueError):
+            name = directory / f"{HYBRID}_{int(path.suffix[1:], 16)}"
+            if name.is_symlink() or not name.exists():
+                name.unlink(missing_ok=True)
+                name.symlink_to(path.name)
