@@ -128,7 +128,7 @@ class Container:
         if (entry := self.tree.get("bin/busybox")) is not None and entry.is_file() and not self.tree.get("bin/sh"):
             yield "applets"
         if image.rootfs_propagation:
-            yield f"mount -o {image.rootfs_propagation} none $root"
+            yield f"mount --make-{image.rootfs_propagation} $root"
         mounts = sorted(self._mounts(), key=lambda one: one[0].rstrip("/").count("/"))
         yield from (line for _, line in mounts)
         yield from self._devices()

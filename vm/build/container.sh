@@ -4,7 +4,7 @@
 set -e
 root=$here/rootfs
 # What is mounted below the places that init shares is seen outside; the rest, and so all of $root, is this container's own.
-mount -o private none /
+mount --make-private /
 
 fail() {
 	echo "vm: ${here##*/}: $*" >&2
@@ -35,7 +35,7 @@ bind() { # SOURCE DESTINATION FLAGS PROPAGATION
 	[ -e "$1" ] || fail "bind: there is no $1"
 	point "$1" "$2"
 	mount -o rbind "$1" "$root$2"
-	mount -o "$4" none "$root$2"
+	mount "--make-$4" "$root$2"
 	[ -z "$3" ] || mount -o "remount,bind,$3" none "$root$2"
 }
 

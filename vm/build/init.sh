@@ -26,7 +26,7 @@ places() {
 	mount -t cgroup2 -o nosuid,nodev,noexec cgroup2 /sys/fs/cgroup
 	# What a container mounts below these, with its bind marked shared, is seen by all.
 	mount -o bind /var /var
-	for place in /dev /run /sys /tmp /var; do mount -o rshared none $place 2>/dev/null || mount --make-rshared $place; done
+	for place in /dev /run /sys /tmp /var; do mount --make-rshared $place; done
 	[ -e /var/run ] || ln -s /run /var/run
 	mkdir -p /var/log /run/services
 	for link in fd:/proc/self/fd stdin:fd/0 stdout:fd/1 stderr:fd/2; do
@@ -110,9 +110,14 @@ end() {
 	say "$down"
 	in_order onshutdown 10
 	kill -TERM -1
-	local tries=0
-	while grep -q "populated 1" /sys/fs/cgroup/services/cgroup.events 2>/dev/null && [ $tries -lt 40 ]; do
-		usleep 50000
+	# A shell at a console ends by this. Who does not catch TERM as the first process of a namespace is not ended by it at all.
+	kill -HUP -1
+	for process in $(cat /sys/fs/cgroup/services/*/cgroup.procs); do
+		grep -q '^SigCgt:.*[4567cdef]...$' /proc/$process/status || kill -KILL $process
+	done 2>/dev/null
+	tries=0
+	while grep -q "populated 1" /sys/fs/cgroup/services/cgroup.events 2>/dev/null && [ $tries -lt 20 ]; do
+		usleep 100000
 		tries=$((tries + 1))
 	done
 	kill -KILL -1
