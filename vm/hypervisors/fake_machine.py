@@ -150,8 +150,10 @@ class FakeMachine:
                     self._later(self._live())
             case "pause":
                 self.running.clear()
+                asyncio.get_running_loop().remove_reader(self._master)
             case "resume":
                 self.running.set()
+                asyncio.get_running_loop().add_reader(self._master, self._typed)
             case "powerdown":
                 self._later(self._power_down(by_guest=False))
             case "console":
@@ -290,6 +292,7 @@ class FakeMachine:
         match self.behaviour.serve[port]:
             case "echo":
                 while octets := await reader.read(LINE):
+                    await self.running.wait()
                     writer.write(octets)
                     await writer.drain()
                 writer.write_eof()

@@ -64,8 +64,12 @@ class ProcessMachine:
         self.tell(Event(kind=EventKind.RESUMED))
 
     async def powerdown(self) -> None:
-        await self._powerdown()
-        self._asked = True
+        before, self._asked = self._asked, True  # it may be gone before the order is answered
+        try:
+            await self._powerdown()
+        except BaseException:
+            self._asked = before
+            raise
         self.tell(Event(kind=EventKind.POWERDOWN))
 
     async def kill(self) -> None:
