@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,7 +63,7 @@ class Place:
     def __init__(self, at: Path, made_of: Parts, *options: str) -> None:
         self.at = at
         self.vsock = at / "v"
-        self._control = at / "S"
+        self.control = at / "S"
         self.device: subprocess.Popen[str]
         self.start_device()
         memory = "memory-backend-memfd,id=mem,size=256M,share=on"
@@ -71,7 +73,7 @@ class Place:
             "-qmp",
             f"unix:{at}/qmp,server=on,wait=off",
             "-chardev",
-            f"socket,id=vs,path={self._control}",
+            f"socket,id=vs,path={self.control}",
         ]
         words = [
             "-object",
@@ -97,7 +99,7 @@ class Place:
 
     def start_device(self) -> None:
         reading, writing = os.pipe()
-        words = [sys.executable, "-m", "vm.vsock", "--vhost-user", str(self._control), "--directory", str(self.vsock)]
+        words = [sys.executable, "-m", "vm.vsock", "--vhost-user", str(self.control), "--directory", str(self.vsock)]
         words += ["--cid", str(CID), "--forward", str(OTHER), "--ready-fd", str(writing), "--end-with-stdin"]
         self.device = subprocess.Popen(
             words, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, pass_fds=[writing], cwd=ROOT
@@ -215,3 +217,204 @@ def test_the_host_reaches_a_service_of_the_guest_by_each_convention(here: Place,
         sock.sendall(b"sum\nsome octets")
         sock.shutdown(socket.SHUT_WR)  # and the answer still comes
         assert read_all(sock).decode() == sum_of(b"some octets")
+
+
+@pytest.mark.parametrize("name", ["00000002.%08x", "vsock_%d"])
+def test_the_guest_reaches_a_service_of_the_host_by_either_name(here: Place, name: str) -> None:
+    def answer(sock: socket.socket) -> None:
+        said = read_all(sock)  # the guest has ended, and the answer still comes
+        sock.sendall(said[::-1])
+
+    with service(here.vsock / (name % 7000), answer):
+        assert here.agent("talk", 7000, "desserts") == "stressed"
+
+
+def test_16_mib_each_way_arrive_as_they_were_sent(here: Place) -> None:
+    data = pattern(16 * MIB)
+    with here.hybrid(ECHO) as sock:
+        read_line(sock)
+        sock.sendall(b"sum\n" + data)
+        sock.shutdown(socket.SHUT_WR)
+        assert read_all(sock).decode() == sum_of(data)
+    with here.hyperkit(ECHO) as sock:
+        sock.sendall(b"give %d\n" % len(data))
+        assert sum_of(read_all(sock)) == sum_of(data)
+
+
+def test_16_mib_each_way_over_connections_of_the_guest(here: Place) -> None:
+    def count(sock: socket.socket) -> None:
+        sock.sendall(sum_of(read_all(sock)).encode())
+
+    def give(sock: socket.socket) -> None:
+        sock.sendall(pattern(int(read_line(sock))))
+
+    expected = sum_of(pattern(16 * MIB))
+    with service(here.vsock / "00000002.00001b58", count), service(here.vsock / "vsock_7001", give):
+        assert here.agent("up", 7000, 16 * MIB).split()[:2] == [expected, expected]
+        assert here.agent("down", 7001, 16 * MIB) == expected
+
+
+def test_echoes_of_1_mib_on_8_connections_at_once(here: Place) -> None:
+    """Both directions of each are busy together, so credit runs out in both."""
+    data = pattern(MIB)
+
+    def echo(found: list[bytes]) -> None:
+        with here.forward(OTHER) as sock:
+            sock.sendall(b"echo\n")
+            sender = threading.Thread(target=lambda: (sock.sendall(data), sock.shutdown(socket.SHUT_WR)))
+            sender.start()
+            found.append(read_all(sock))
+            sender.join()
+
+    found: list[bytes] = []
+    threads = [threading.Thread(target=echo, args=[found]) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LIMIT_S)
+    assert [one == data for one in found] == [True] * 8
+
+
+def test_200_connections_at_once_each_way(here: Place) -> None:
+    with contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(here.hybrid(ECHO)) for _ in range(200)]
+        for sock in socks:
+            assert read_line(sock).startswith(b"OK ")
+            sock.sendall(b"hold\n")
+        assert [read_line(sock) for sock in socks] == [b"held\n"] * 200
+
+        def echo(sock: socket.socket) -> None:
+            sock.sendall(read_all(sock))
+
+        with service(here.vsock / "00000002.00001b58", echo):
+            assert here.agent("many", 7000, 200) == "200"
+
+
+def test_what_nobody_listens_on_is_refused(here: Place) -> None:
+    for refused in (here.hyperkit(99), here.hybrid(99), here.hyperkit(OTHER, cid=4)):
+        with refused:
+            assert refused.recv(1) == b""
+    assert here.agent("refused", 99) == "ECONNRESET"
+
+
+def listen_and_stay(here: Place) -> None:
+    """A program of the guest that has connected to port 7000 and waits; what it says is in /tmp/heard."""
+    here.machine.run(
+        f"rm -f /tmp/heard; {AGENT} hear 7000 stay >/tmp/heard 2>&1 & echo $! >/tmp/pid; "
+        "until grep -q connected /tmp/heard; do usleep 50000; done",
+        limit_s=LIMIT_S,
+    )
+
+
+def test_what_the_guest_ends_ends_for_the_host_and_the_other_way_round(here: Place) -> None:
+    gone = threading.Event()
+
+    def hear(sock: socket.socket) -> None:
+        read_line(sock)
+        sock.close()
+
+    with service(here.vsock / "vsock_7000", hear):
+        assert here.agent("hear", 7000, "go").split("\n")[0] == "connected"
+
+    def wait(sock: socket.socket) -> None:
+        read_all(sock)
+        gone.set()
+
+    with service(here.vsock / "vsock_7000", wait):
+        listen_and_stay(here)
+        here.machine.run("kill -9 $(cat /tmp/pid)")
+        assert gone.wait(LIMIT_S)
+
+
+def test_a_machine_that_pauses_loses_nothing(here: Place) -> None:
+    with here.hybrid(ECHO) as sock:
+        read_line(sock)
+        sock.sendall(b"echo\nbefore")
+        assert sock.recv(6, socket.MSG_WAITALL) == b"before"
+        with qmp(here) as ask:
+            ask("stop")
+            sock.sendall(b"meanwhile")
+            ask("cont")
+        assert sock.recv(9, socket.MSG_WAITALL) == b"meanwhile"
+
+
+def test_a_guest_that_reboots_ends_what_was_open_and_comes_back(here: Place) -> None:
+    with here.hybrid(ECHO) as sock:
+        read_line(sock)
+        sock.sendall(b"hold\n")
+        assert read_line(sock) == b"held\n"
+        here.machine.send("reboot -f")
+        assert read_all(sock) == b""
+    here.machine.wait_up()
+    here.serve()
+    with here.hybrid(ECHO) as sock:
+        read_line(sock)
+        sock.sendall(b"sum\n")
+        sock.shutdown(socket.SHUT_WR)
+        assert read_all(sock).decode() == sum_of(b"")
+
+
+@contextlib.contextmanager
+def qmp(here: Place) -> Iterator[Callable[..., Any]]:
+    """`ask(command, **arguments)`; with `until="EVENT"` that is waited for."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(LIMIT_S)
+        sock.connect(str(here.at / "qmp"))
+        stream = sock.makefile("rw")
+        json.loads(stream.readline())
+        events: list[str] = []
+
+        def ask(command: str, *, until: str = "", **arguments: Any) -> Any:
+            stream.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
+            stream.flush()
+            answer = None
+            while answer is None or (until and until not in events):
+                said = json.loads(stream.readline())
+                if "event" in said:
+                    events.append(said["event"])
+                else:
+                    assert "return" in said, said
+                    answer = said["return"]
+            return answer
+
+        with stream:
+            ask("qmp_capabilities")
+            yield ask
+
+
+def test_the_device_is_killed_and_restarted_under_a_living_guest(parts: Parts) -> None:
+    """QEMU's vhost-user-vsock never takes a new connection, so the card is pulled and plugged in; the guest's kernel goes on."""
+    with place(parts) as here:
+        boot = here.machine.run("cat /proc/sys/kernel/random/boot_id")
+        ended = threading.Event()
+
+        def wait(sock: socket.socket) -> None:
+            with contextlib.suppress(ConnectionResetError):
+                read_all(sock)
+            ended.set()
+
+        with service(here.vsock / "vsock_7000", wait):
+            listen_and_stay(here)
+            here.device.kill()
+            here.device.communicate()
+            assert ended.wait(LIMIT_S)
+        with qmp(here) as ask:
+            ask("device_del", until="DEVICE_DELETED", id="vsock")
+            ask("chardev-remove", id="vs")
+            here.start_device()
+            backend = {
+                "type": "socket",
+                "data": {"server": False, "addr": {"type": "unix", "data": {"path": str(here.control)}}},
+            }
+            ask("chardev-add", id="vs", backend=backend)
+            ask("device_add", driver="vhost-user-vsock-pci", id="vsock", chardev="vs", bus="port0")
+        here.machine.run("until grep -q ECONNRESET /tmp/heard; do usleep 50000; done")
+        here.machine.run(
+            "until [ -d /sys/bus/virtio/drivers/vmw_vsock_virtio_transport/virtio* ]; do usleep 50000; done"
+        )
+        assert here.machine.run("cat /proc/sys/kernel/random/boot_id") == boot
+        with here.hybrid(ECHO) as sock:
+            assert read_line(sock).startswith(b"OK ")
+            sock.sendall(b"sum\nagain")
+            sock.shutdown(socket.SHUT_WR)
+            assert read_all(sock).decode() == sum_of(b"again")
