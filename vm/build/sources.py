@@ -5,7 +5,7 @@
     deb:PACKAGE[=VERSION][,...]      Debian packages with what they depend on; -PACKAGE leaves one out, -/PATTERN paths
     oci-layout:DIRECTORY[:NAME]      an image as skopeo, crane, buildah and `docker buildx build -o type=oci` write it
     docker-archive:FILE[:NAME:TAG]   an image as `docker save` writes it
-    python:MODULE[,...]              our own packages, as this Python finds them, for a Python in the image
+    python:MODULE[,...]              Python packages or modules, as this Python finds them, for one in the image
 
 Several joined by `;` are laid over each other. Paths are relative to where the YAML is.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from netstack.errors import ConfigError
-from vm.build import debian, oci
+from vm.build import bytecode, debian, oci
 from vm.build.archive import Cache, plain, unpack, whole
 from vm.build.tree import Entry, Slice, Tree
 
@@ -59,12 +59,12 @@ class Sources:
 
     def _made(self, reference: str) -> Image:
         first, *others = [self._one(part) for part in reference.split(";")]
-        if not others:
-            return first
-        tree = Tree()
-        for image in (first, *others):
-            tree.merge(image.tree)
-        return Image(tree, first.config)
+        tree = first.tree
+        if others:
+            tree = Tree()
+            for image in (first, *others):
+                tree.merge(image.tree)
+        return Image(bytecode.add(tree, self.cache), first.config)
 
     def _one(self, reference: str) -> Image:
         scheme, colon, rest = reference.partition(":")
@@ -126,15 +126,25 @@ def _entries(directory: Path, at: str, skip: frozenset[str]) -> Iterator[tuple[s
 
 
 def add_module(tree: Tree, name: str) -> None:
-    """A Python package that is on this interpreter's path, or a module; it is not imported."""
+    """A Python package that is on this interpreter's path, or a module, also one of a package (`netstack.errors`).
+
+    None is imported. Of the packages around a module only their `__init__.py` comes along.
+    """
+    top, *inner = name.split(".")
     try:
-        found = importlib.util.find_spec(name) if name.isidentifier() else None
+        found = importlib.util.find_spec(top) if all(word.isidentifier() for word in (top, *inner)) else None
     except (ImportError, ValueError):
         found = None
-    if found is None or found.origin is None:
-        raise ConfigError(f"python:{name}: no package or module at the top of Python's path has this name")
-    origin = Path(found.origin)
-    if origin.name == "__init__.py":
-        add_directory(tree, origin.parent, f"python:{name}", f"{SITE}/{name}", skip=frozenset({"__pycache__"}))
+    at = Path(found.origin) if found and found.origin else Path()
+    path = SITE
+    while inner and at.name == "__init__.py":
+        path = f"{path}/{at.parent.name}"
+        tree.add(f"{path}/__init__.py", Entry(mode=stat.S_IFREG | 0o644, content=whole(at)))
+        package, module = at.parent / inner[0] / "__init__.py", at.parent / f"{inner.pop(0)}.py"
+        at = package if package.is_file() else module
+    if inner or not at.is_file():
+        raise ConfigError(f"python:{name}: Python's path has no package or module of this name")
+    if at.name == "__init__.py":
+        add_directory(tree, at.parent, f"python:{name}", f"{path}/{at.parent.name}", skip=frozenset({"__pycache__"}))
     else:
-        tree.add(f"{SITE}/{origin.name}", Entry(mode=stat.S_IFREG | 0o644, content=whole(origin)))
+        tree.add(f"{path}/{at.name}", Entry(mode=stat.S_IFREG | 0o644, content=whole(at)))
