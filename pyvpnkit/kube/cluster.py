@@ -122,11 +122,20 @@ class Cluster:
         self._errors = _imported("kubernetes.client.exceptions")
         self._transport_errors = (_imported("urllib3.exceptions").HTTPError, OSError)
         self._may_write_events = True
+        self._closed = False
 
     @property
     def host(self) -> str:
         """The API server's URL, for people."""
         return str(self._api.api_client.configuration.host)
+
+    def close(self) -> None:
+        """Close the connections that are kept for the next call. Calls that go on close theirs when they end."""
+        self._closed = True
+        self._forget()
+
+    def _forget(self) -> None:
+        self._api.api_client.rest_client.pool_manager.clear()
 
     async def list(self) -> tuple[list[Service], str]:
         """All Services, and the version to watch from. Raises `ClusterError`."""
@@ -208,8 +217,15 @@ class Cluster:
         return document
 
     async def _call(self, call: Callable[[], T]) -> T:
+        def run() -> T:
+            try:
+                return call()
+            finally:
+                if self._closed:  # nobody waits for this any more
+                    self._forget()
+
         try:
-            return await in_thread(call)
+            return await in_thread(run)
         except self._errors.ApiException as error:
             raise self._refusal(error.status, error.body, error.reason) from None
         except self._transport_errors as error:

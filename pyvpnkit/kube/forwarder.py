@@ -110,6 +110,7 @@ class Forwarder:
                 tasks.create_task(self._follow())
                 tasks.create_task(self._keep())
         finally:
+            self._cluster.close()
             await self._withdraw()
 
     async def _follow(self) -> None:

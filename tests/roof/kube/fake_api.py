@@ -6,16 +6,20 @@ import asyncio
 import contextlib
 import copy
 import json
+import ssl
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from aiohttp import web
 
+from tests.support.http_house import until
+
 KUBECONFIG = """\
 apiVersion: v1
 kind: Config
-clusters: [{name: c, cluster: {server: "http://127.0.0.1:%d"}}]
+clusters: [{name: c, cluster: {server: "%s"%s}}]
 users: [{name: u, user: {token: secret}}]
 contexts: [{name: x, context: {cluster: c, user: u}}]
 current-context: x
@@ -52,6 +56,8 @@ class FakeApi:
     oldest: int = 0
     port: int = 0
     page: int = 500
+    authority: Path | None = None
+    """The certificate by which the server is known, where it speaks TLS."""
     _history: list[tuple[int, str, dict[str, Any]]] = field(default_factory=list)
     _streams: set[asyncio.Task[Any]] = field(default_factory=set)
     _news: asyncio.Condition = field(default_factory=asyncio.Condition)
@@ -103,7 +109,9 @@ class FakeApi:
     @property
     def kubeconfig(self) -> str:
         """The text of one that leads here."""
-        return KUBECONFIG % self.port
+        if self.authority is None:
+            return KUBECONFIG % (f"http://127.0.0.1:{self.port}", "")
+        return KUBECONFIG % (f"https://127.0.0.1:{self.port}", f', certificate-authority: "{self.authority}"')
 
     def app(self) -> web.Application:
         app = web.Application()
@@ -188,15 +196,21 @@ class FakeApi:
 
 
 @contextlib.asynccontextmanager
-async def api_server() -> AsyncIterator[FakeApi]:
-    """It runs."""
-    api = FakeApi()
+async def api_server(certificate: Path | None = None, key: Path | None = None) -> AsyncIterator[FakeApi]:
+    """It runs, with TLS where there is a certificate."""
+    api = FakeApi(authority=certificate)
+    tls = None
+    if certificate is not None:
+        tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        tls.load_cert_chain(certificate, key)
     runner = web.AppRunner(api.app(), access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
     await runner.setup()
     try:
-        site = web.TCPSite(runner, "127.0.0.1", 0)
+        site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls)
         await site.start()
         api.port = runner.addresses[0][1]
         yield api
+        if tls is not None:  # a server that closes first waits for the client's goodbye
+            await until(lambda: not runner.server or not runner.server.connections)
     finally:
         await runner.cleanup()

@@ -325,6 +325,26 @@ async def test_the_end_does_not_wait_for_a_silent_watch(world: World) -> None:
     await until(lambda: world.api.watching == 0)
 
 
+async def test_a_watch_over_tls_ends_at_once_too(world: World, tmp_path: Path) -> None:
+    certificate, key = tmp_path / "server.pem", tmp_path / "server.key"
+    request = ("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2")
+    names = ("-subj", "/CN=api", "-addext", "subjectAltName=IP:127.0.0.1")
+    making = await asyncio.create_subprocess_exec(
+        "openssl", *request, "-keyout", key, "-out", certificate, *names, stderr=asyncio.subprocess.DEVNULL
+    )
+    assert await making.wait() == 0
+    number = free_port()
+    async with api_server(certificate, key) as api:
+        world.kubeconfig.write_text(api.kubeconfig)
+        running = world.start()
+        await until(lambda: api.watching == 1)
+        await api.put(service("web", a={"port": number}))
+        await world.shows(spec(number, to=number))
+        async with asyncio.timeout(10):
+            await world.stop(running)
+        await until(lambda: api.watching == 0)
+
+
 async def test_an_account_without_rights_is_told_what_it_needs(world: World) -> None:
     cluster = Cluster(connect(str(world.kubeconfig)), component="x")
     world.api.refuse["list"] = 403
