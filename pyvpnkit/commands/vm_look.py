@@ -6,8 +6,6 @@ import argparse
 import contextlib
 import dataclasses
 import os
-import socket
-import stat
 import sys
 import time
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Final
 from netstack.errors import ConfigError, HostError
 from pyvpnkit.commands import vm_find
 from pyvpnkit.commands.table import clean, print_json
+from vm import docker_socket
 from vm.hypervisors import registry
 from vm.supervisor import services, showing
 from vm.supervisor.design import design
@@ -117,36 +116,7 @@ def link_docker_sock(parsed: argparse.Namespace) -> int:
     wanted = vm_find.load(file) if file is not None else None
     if wanted is None or wanted.docker is None:
         raise ConfigError(f"{home.path.name} has no docker_socket in its file; add `docker_socket: docker.sock`")
-    target, path = services.docker_path(wanted, home.state), parsed.path
-    try:
-        _make_way(path, target)
-        scratch = path.with_name(f".{path.name}.{os.getpid()}")
-        scratch.symlink_to(target)
-        scratch.replace(path)
-    except PermissionError:
-        raise HostError(f"{path}: not permitted; run this as root, or give --path where you may write") from None
-    except OSError as error:
-        raise HostError(f"{path}: {error.strerror}") from None
-    print(f"{path} -> {target}")
+    target = services.docker_path(wanted, home.state)
+    docker_socket.link_docker_sock(target, parsed.path)
+    print(f"{parsed.path} -> {target}")
     return 0
-
-
-def _make_way(path: Path, target: Path) -> None:
-    """Raises `HostError` when what is there is not for us to replace."""
-    try:
-        mode = os.lstat(path).st_mode
-    except FileNotFoundError:
-        return
-    if stat.S_ISLNK(mode) and path.readlink() == target:
-        return
-    if not stat.S_ISLNK(mode) and not stat.S_ISSOCK(mode):
-        raise HostError(f"{path} is neither a socket nor a link; move it away first")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(2.0)
-        try:
-            sock.connect(str(path))
-        except (FileNotFoundError, ConnectionRefusedError):
-            return
-        except OSError as error:
-            raise HostError(f"{path}: {error.strerror or error}; whether somebody serves it cannot be known") from None
-    raise HostError(f"{path} is served by another program; stop that first (systemctl stop docker.socket docker)")

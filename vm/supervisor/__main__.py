@@ -102,7 +102,12 @@ async def _tell(supervisor: Supervisor, report: Report) -> None:
 
 def _with_degraded(entry: Entry, supervisor: Supervisor) -> Entry:
     if entry.get("state") == State.READY.value:
-        return {**entry, "degraded": dict(supervisor.degraded), "published": list(supervisor.published.held.values())}
+        return {
+            **entry,
+            "degraded": dict(supervisor.degraded),
+            "published": list(supervisor.published.held.values()),
+            "docker_socket": str(supervisor.docker or ""),
+        }
     return entry
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
+import socket
 import sys
 from collections.abc import Mapping
 from typing import Any, Final
@@ -21,6 +21,8 @@ from vm.api import Lost, Nic, NicKind, Sidecar, StateDir, VsockKind
 from vm.settings import VmSettings
 
 LIMIT_S: Final = 10.0
+ACCEPTS_S: Final = 2
+"""For a guest to answer a SYN, in whole seconds."""
 NAME: Final = "network"
 
 LINKS: Final[Mapping[NicKind, str]] = {
@@ -35,8 +37,6 @@ LINKS: Final[Mapping[NicKind, str]] = {
 
 REJOINING: Final[frozenset[NicKind]] = frozenset({"vhost-user", "qemu-dgram", "unixgram", "tap"})
 """Links whose other end goes on when the daemon comes again, where the hypervisor lets it (DESIGN 9: "daemon lost")."""
-
-log = logging.getLogger("vm.supervisor")
 
 
 def sidecar(settings: VmSettings, nic: Nic, state: StateDir, vsock: VsockKind | None) -> Sidecar:
@@ -88,11 +88,22 @@ class Network:
         return [one for one in leases if isinstance(one, dict)] if isinstance(leases, list) else []
 
     async def address(self, mac: str) -> str | None:
-        """The guest's address, once it has taken a lease."""
+        """The guest's address, if it ever took a lease that still holds."""
         for one in await self.leases():
             if one.get("mac") == mac and one.get("expires_in_s") is not None:
                 return str(one["address"])
         return None
+
+    async def lease_end(self, mac: str) -> tuple[float, float]:
+        """Between which moments its lease ends, on the loop's clock; zeros without one. One that is taken anew ends later."""
+        loop = asyncio.get_running_loop()
+        asked = loop.time()
+        leases = await self.leases()
+        answered = loop.time()
+        for one in leases:
+            if one.get("mac") == mac and isinstance(left := one.get("expires_in_s"), int | float):
+                return asked + left, answered + left
+        return 0.0, 0.0
 
     async def publish(self, spec: str) -> str:
         """The forward's text, with its real port."""
@@ -104,37 +115,51 @@ class Network:
 
     async def accepts(self, address: str, port: int) -> bool:
         """Whether a port of a guest takes connections."""
-        try:
-            streams = await self.tunnel(address, port)
-        except HostError:
-            return False
-        streams[1].close()
-        return True
+        target = f"/extension/wait_port?ip={address}&port={port}&timeout={ACCEPTS_S}"
+        return (await self._request("GET", target))[0] == 200
 
-    async def tunnel(
-        self, address: str, port: int, *, limit_s: float = LIMIT_S
-    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """A stream to a port of a guest (gvproxy's /tunnel, docs/ports.md)."""
+    async def dial(self, address: str, port: int, *, limit_s: float = LIMIT_S) -> socket.socket:
+        """A connected, non-blocking socket that leads to a port of a guest (gvproxy's /tunnel, docs/ports.md)."""
+        loop = asyncio.get_running_loop()
+        what = f"port {port} of the guest at {address}"
+        request = f"POST /tunnel?ip={address}&port={port} HTTP/1.1\r\nHost: network\r\nContent-Length: 0\r\n\r\n"
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
+            sock.setblocking(False)
             async with asyncio.timeout(limit_s):
-                reader, writer = await asyncio.open_unix_connection(self._path)
-                try:
-                    writer.write(
-                        f"POST /tunnel?ip={address}&port={port} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n".encode()
-                    )
-                    answer = await reader.readexactly(2)
-                    if answer != b"OK":
-                        raise HostError(f"port {port} of the guest at {address}: not connected")
-                except BaseException:
-                    writer.close()
-                    raise
-                return reader, writer
-        except (OSError, EOFError, TimeoutError) as error:
-            raise HostError(f"port {port} of the guest at {address}: {error or 'no answer'}") from None
+                await loop.sock_connect(sock, self._path)
+                await loop.sock_sendall(sock, request.encode())
+                answer = b""
+                while len(answer) < 2 and (octets := await loop.sock_recv(sock, 2 - len(answer))):
+                    answer += octets
+            if answer != b"OK":
+                raise HostError(f"{what}: not connected")
+        except OSError as error:  # and so is TimeoutError
+            sock.close()
+            raise HostError(f"{what}: {error.strerror or 'no answer'}") from None
+        except BaseException:
+            sock.close()
+            raise
+        return sock
 
     async def _ask(
         self, method: str, target: str, body: dict[str, Any] | None = None, *, missing_ok: bool = False
     ) -> dict[str, Any]:
+        status, octets = await self._request(method, target, body)
+        try:
+            found = json.loads(octets)
+        except ValueError:
+            found = None
+        if status == 404 and missing_ok:
+            return {}
+        if status >= 400 or not isinstance(found, dict):
+            message = found.get("message") if isinstance(found, dict) else None
+            words = str(message or f"the network answered {status}")
+            raise ConfigError(words) if status == 400 else HostError(words)
+        return found
+
+    async def _request(self, method: str, target: str, body: dict[str, Any] | None = None) -> tuple[int, bytes]:
+        """Status and body. Raises `HostError`."""
         try:
             async with (
                 aiohttp.ClientSession(
@@ -142,13 +167,6 @@ class Network:
                 ) as session,
                 session.request(method, f"http://network{target}", json=body) as answer,
             ):
-                found = json.loads(await answer.read())
-        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+                return answer.status, await answer.read()
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise HostError(f"the network does not answer: {error or 'not in time'}") from None
-        if answer.status == 404 and missing_ok:
-            return {}
-        if answer.status >= 400 or not isinstance(found, dict):
-            message = found.get("message") if isinstance(found, dict) else None
-            words = str(message or f"the network answered {answer.status}")
-            raise ConfigError(words) if answer.status == 400 else HostError(words)
-        return found

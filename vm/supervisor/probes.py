@@ -22,6 +22,8 @@ from vm.supervisor.network import Network
 
 HOLDS_S: Final = 0.2
 """A port of vsock that nobody serves takes a connection with some hypervisors, and ends it at once (spec companions 1.2)."""
+JITTER_S: Final = 0.1
+"""Answers are rounded, and no machine boots so soon."""
 MAX_CONSOLE: Final = 1 << 20
 
 Probe = Callable[[], Awaitable[bool]]
@@ -38,11 +40,11 @@ async def until(probe: Probe, *, every_s: float) -> None:
         await asyncio.sleep(every_s)
 
 
-def lease(network: Network, mac: str) -> Probe:
-    """The guest has an address."""
+def lease(network: Network, mac: str, before: float) -> Probe:
+    """The guest has taken an address: its lease ends later than the one it had `before` it was started."""
 
     async def probe() -> bool:
-        return await network.address(mac) is not None
+        return (await network.lease_end(mac))[0] > before + JITTER_S
 
     return probe
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from netstack.errors import ConfigError, HostError
 from vm.api import StateDir, Vsock
+from vm.docker_socket import DOCKER, PING, Dial, DockerSocket
+from vm.http_probe import answers
 from vm.settings import VmSettings
 from vm.supervisor import probes
 from vm.supervisor.design import Design
+from vm.supervisor.network import Network
+from vm.timesync import TimeSync
 from vm.vsock.api.kinds import vsock_for
 
 if TYPE_CHECKING:
@@ -85,9 +90,12 @@ def probe(supervisor: Supervisor, streams: Vsock | None, console: probes.Console
     text = supervisor.settings.probe
     nics = supervisor.design.spec.nics
     mac = nics[0].mac if nics else None
+    dial = _docker(supervisor, streams)
     match text.partition(":")[0]:
         case "lease" if mac:
-            return probes.lease(supervisor.network, mac)
+            return probes.lease(supervisor.network, mac, supervisor.lease_before)
+        case "docker" if dial is not None:
+            return lambda: answers(dial, PING, server=DOCKER)
         case "tcp" if mac:
             return probes.tcp(supervisor.network, mac, probes.number(text))
         case "vsock" if streams is not None:
@@ -99,5 +107,62 @@ def probe(supervisor: Supervisor, streams: Vsock | None, console: probes.Console
     raise ConfigError(f"ready: {text}: this machine has nothing that it could ask")
 
 
+def _docker(supervisor: Supervisor, streams: Vsock | None) -> Dial | None:
+    """How the guest's Docker is reached; `None` where it is not wanted."""
+    docker = supervisor.settings.docker
+    nics = supervisor.design.spec.nics
+    if docker is None:
+        return None
+    if docker.tcp is not None and nics and nics[0].mac:
+        return _by_network(supervisor.network, nics[0].mac, docker.tcp)
+    if streams is None:
+        raise ConfigError(f"docker_socket: {supervisor.design.plan.driver} has no vsock; give tcp: PORT of the guest")
+    port = supervisor.settings.vsock_ports["docker"]
+    return lambda: streams.dial(port)
+
+
+def _by_network(network: Network, mac: str, port: int) -> Dial:
+    async def dial() -> socket.socket:
+        address = await network.address(mac)
+        if address is None:
+            raise HostError("the guest has no address yet")
+        return await network.dial(address, port)
+
+    return dial
+
+
 async def serve_host(supervisor: Supervisor, streams: Vsock | None) -> None:
-    """docker.sock, and the guest's time."""
+    """docker.sock, and the guest's time. What cannot be had is degraded."""
+    settings, outside = supervisor.settings, supervisor.outside
+    dial = _docker(supervisor, streams)
+    if dial is not None:
+        path = docker_path(settings, supervisor.home.state)
+        try:
+            served = DockerSocket(path, dial)
+        except ConfigError as error:
+            supervisor.degrade("docker_socket", str(error))
+        else:
+            outside.push_async_callback(served.close)
+            supervisor.docker = path
+            supervisor.journal.add("published", f"docker.sock is {path}")
+    port = settings.vsock_ports.get("timesync")
+    if settings.timesync and streams is not None and port is not None:
+        time = TimeSync(lambda: streams.dial(port))
+        outside.push_async_callback(time.close)
+
+
+def link_console(supervisor: Supervisor, stack: contextlib.AsyncExitStack) -> None:
+    """Further names of the console and of its log, relative to the state directory."""
+    state, wanted = supervisor.home.state, supervisor.settings.console
+    for word, target in ((wanted.path, state.console), (wanted.log, state.console_log)):
+        path = state.path / word if word is not None else target
+        if path == target:
+            continue
+        try:
+            if path.is_symlink():
+                path.unlink()
+            path.symlink_to(target)
+        except OSError as error:
+            supervisor.degrade(f"console {path}", f"{path}: {error.strerror}; nothing but a link may be there")
+            continue
+        stack.callback(path.unlink, missing_ok=True)

@@ -66,6 +66,10 @@ class Supervisor:
         self.degraded: dict[str, str] = {}
         """Parts that are away, and why."""
         self.design: Design = design(settings, home, driver)
+        self.docker: Path | None = None
+        """Where docker.sock is, while it is served."""
+        self.lease_before = 0.0
+        """When the lease that the guest had before it was started ends at the latest, on the loop's clock."""
         self._driver = driver
         self._build = build
         self.network = Network(home.state)
@@ -132,7 +136,6 @@ class Supervisor:
             {"tag": one.tag, "source": str(one.source), "target": one.target, "kind": one.kind, "owner": one.owner}
             for one in self.design.spec.shares
         ]
-        ready = self.state is State.READY
         return {
             "name": self.settings.name,
             "file": str(self.settings.file),
@@ -152,13 +155,16 @@ class Supervisor:
             "published": list(self.published.held.values()),
             "shares": shares,
             "mounts": list(self.design.mounts),
-            "docker_socket": str(services.docker_path(self.settings, state))
-            if ready and self.settings.docker
-            else None,
+            "docker_socket": str(self.docker) if self.docker is not None else None,
             "console": str(state.console),
             "console_log": str(state.console_log),
             "network_control": str(state.network_control) if self.design.network is not None else None,
         }
+
+    def degrade(self, name: str, why: str) -> None:
+        """Something of the machine is not to be had; it goes on without."""
+        self.degraded[name] = why
+        self.journal.add("degraded", f"{name}: {why}", level=logging.WARNING)
 
     # The attempts.
 
@@ -221,6 +227,8 @@ class Supervisor:
                 starting.cancel()
                 await asyncio.gather(starting, return_exceptions=True)
             stable = self.state is State.READY and loop.time() - began >= self.settings.restart.stable_s
+            for name in [name for name in self.degraded if name not in self.parts]:
+                del self.degraded[name]
             if verdict.counts:
                 self.failures = 1 if stable else self.failures + 1
             self._move(Input.OVER, verdict.text)
@@ -269,8 +277,11 @@ class Supervisor:
         console = services.console_log(self)
         if console is not None:
             console.begin()
+        if self.design.network is not None and (mac := self.design.spec.nics[0].mac):
+            _, self.lease_before = await self.network.lease_end(mac)
         self._move(Input.PLACED)
         await self._create(stack)
+        services.link_console(self, stack)
         for sidecar in self.design.sidecars:
             if sidecar.after_machine:
                 await self._part(sidecar, stack)
@@ -380,6 +391,7 @@ class Supervisor:
         """The machine; what was started for it follows by the attempt's stack."""
         await self.published.withdraw()
         await self.outside.aclose()
+        self.docker = None
         for watch in self._watches:
             await watch.close()  # programs beside it may end with it
         self._watches.clear()
