@@ -95,6 +95,7 @@ class Sock:
     def send(self, data: bytes, largest: int = 65536, cuts: Sequence[int] = ()) -> int:
         """As much as there is credit for, and room in the ring; how much."""
         sent = 0
+        self.guest.reclaim()
         while sent < len(data) and self.room and self.guest.queues[TX].room > 3:
             piece = data[sent : sent + min(self.room, largest)]
             self.tx += len(piece)

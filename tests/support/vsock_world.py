@@ -14,7 +14,7 @@ from typing import Any
 from netstack.link.vhost_user.channel import Channel
 from tests.support.guest_memory import GuestMemory
 from tests.support.vhost_front import FrontEnd
-from tests.support.virtio_vsock import Guest, Sock
+from tests.support.virtio_vsock import RX, Guest, Sock
 from vm.vsock.device import VsockDevice
 from vm.vsock.poller import Poller
 
@@ -101,12 +101,12 @@ class World:
     # time
 
     def turn(self) -> bool:
-        """The device's, then the guest's; whether the guest got something."""
+        """The device's, then the guest's, which looks only when it is called; whether it got something."""
         self.poller.poll()
-        return self.guest.running and self.guest.pump()
+        return self.guest.running and bool(self.guest.called(RX)) and self.guest.pump()
 
     def settle(self) -> None:
-        """Until the guest hears nothing new: of interest is what it is told of by itself, so it looks only when it is called."""
+        """Until nothing comes to the guest any more."""
         quiet = 0
         for _ in range(10_000):
             quiet = 0 if self.turn() else quiet + 1

@@ -159,9 +159,9 @@ class VsockDevice(Device):
 
     def turn(self) -> None:
         """Do what there is to do; harmless when there is nothing."""
+        self._dispatch()
         path = self._path
         if path is None:
-            self._dispatch()
             return
         try:
             if vanish.happened and self.memory.vanished:
