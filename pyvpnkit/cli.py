@@ -14,7 +14,9 @@ import netstack  # noqa: F401  # first: it makes our `dns` importable beside dns
 from netstack.errors import ConfigError, NetstackError
 from pyvpnkit import commands as commands_of_control
 from pyvpnkit import config, entry, loader, values
+from pyvpnkit.commands import vm
 from pyvpnkit.config import OPTIONS, Option, Settings
+from pyvpnkit.kube import command as kube
 
 OVERVIEW: Final = """\
 The network of a virtual machine as one unprivileged process: DHCP, DNS, NTP, and every connection of the guest carried on
@@ -33,6 +35,8 @@ examples:
       settings from a file, the capture switched on by hand
   pyvpnkit expose 8080:80; pyvpnkit ports; pyvpnkit top; pyvpnkit capture tcp port 80 | wireshark -k -i -
       while it runs: publish a port, list them, see who transfers what, look at the packets
+  pyvpnkit vm up examples/tiny.yml; pyvpnkit vm console tiny; pyvpnkit vm down tiny
+      a whole machine: network, shares, console, docker.sock
   pyvpnkit check-config vm.yaml
       every mistake with its line, and what would be accepted
 
@@ -64,6 +68,9 @@ IN_VM: Final = {
     "forwarder": "carry what the host sends on published ports (VPNKit's vpnkit-forwarder)",
     "expose-port": "publish a port on the host while this runs (vpnkit-expose-port; dockerd's userland proxy)",
     "list-ports": "the ports that are published on the host (vpnkit-list-ports)",
+    "vsudd": "Unix sockets of the VM, such as Docker's, to the host over vsock (LinuxKit's vsudd)",
+    "timesync": "set the clock from the VM's RTC when the host asks (LinuxKit's host-timesync-daemon)",
+    "mount-9p": "mount a folder that the host serves over vsock (vpnkit-9pmount-vsock)",
 }
 
 NOT_IN_SHELL: Final = frozenset({"links", "pid_file", "user"})
@@ -175,6 +182,9 @@ def parser() -> argparse.ArgumentParser:
 
     commands_of_control.add(command)
 
+    vm.add(command)
+    kube.add_arguments(command("kube-forwarder", kube.HELP, epilog=kube.EXAMPLES))
+
     for name, help in IN_VM.items():
         command(name, f"inside a VM: {help}", add_help=False).add_argument("rest", nargs=argparse.REMAINDER)
 
@@ -232,6 +242,10 @@ def _dispatch(parsed: argparse.Namespace) -> int:
             return int(demo.main(parsed))
         case name if name in commands_of_control.MODULES:
             return commands_of_control.run(parsed)
+        case "vm":
+            return vm.vm(parsed)
+        case "kube-forwarder":
+            return kube.run(parsed)
         case "check-config":
             return _check(parsed.file)
         case "version":

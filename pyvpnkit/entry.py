@@ -11,6 +11,9 @@ IN_VM: Final = {
     "forwarder": "portfwd.invm.forwarder",
     "expose-port": "portfwd.invm.expose_port",
     "list-ports": "portfwd.invm.list_ports",
+    "vsudd": "vm.guest.vsudd",
+    "timesync": "vm.guest.timesync",
+    "mount-9p": "vm.guest.mount9p",
 }
 """Commands with flags as Go writes them, and the modules whose `main` they are."""
 
