@@ -162,7 +162,7 @@ def parse(text: str, name: str, complaints: Complaints) -> Value | None:
         return None
     loader: Any = None  # its stubs lack what a node is
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text, name)
         if not loader.check_node():
             return None
         node = loader.get_node()
@@ -216,6 +216,30 @@ class _TooMuch(Exception):
     def __init__(self, mark: Mark, text: str) -> None:
         super().__init__(text)
         self.mark = mark
+
+
+class _Loader(yaml.SafeLoader):
+    """Stops before there are too many nodes to hold; each is half a kilobyte, and two octets of YAML make one."""
+
+    def __init__(self, text: str, name: str) -> None:
+        super().__init__(text)
+        self._name = name
+        self._nodes = 0
+        self._depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self._nodes += 1
+        self._depth += 1
+        if self._nodes > 2 * MAX_VALUES:  # keys count here
+            raise _TooMuch(
+                _mark(self._name, self.peek_event().start_mark), f"more than {MAX_VALUES} values; split the file"
+            )
+        if self._depth > MAX_DEPTH + 1:
+            raise _TooMuch(_mark(self._name, self.peek_event().start_mark), f"nested deeper than {MAX_DEPTH}")
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
 
 
 class _Converter:

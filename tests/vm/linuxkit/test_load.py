@@ -242,6 +242,12 @@ def test_a_long_text_may_not_be_repeated_by_aliases() -> None:
     assert any("characters with the aliases followed" in one for one in complaints(text))
 
 
+def test_more_values_than_are_held_end_the_reading() -> None:
+    (found,) = complaints("init: [" + "x," * 250_000 + "]")
+    assert found.startswith("a.yml:1:4")
+    assert found.endswith(": more than 100000 values; split the file")
+
+
 def test_an_alias_and_a_merge_key_work_where_they_are_honest() -> None:
     machine = load(
         "onboot: [&defaults {image: example/one:v1, net: host, name: zero}]\n"
