@@ -231,15 +231,17 @@ class _Loader(yaml.SafeLoader):
         self._nodes += 1
         self._depth += 1
         if self._nodes > 2 * MAX_VALUES:  # keys count here
-            raise _TooMuch(
-                _mark(self._name, self.peek_event().start_mark), f"more than {MAX_VALUES} values; split the file"
-            )
+            raise self._too_much(f"more than {MAX_VALUES} values; split the file")
         if self._depth > MAX_DEPTH + 1:
-            raise _TooMuch(_mark(self._name, self.peek_event().start_mark), f"nested deeper than {MAX_DEPTH}")
+            raise self._too_much(f"nested deeper than {MAX_DEPTH}")
         try:
             return super().compose_node(parent, index)
         finally:
             self._depth -= 1
+
+    def _too_much(self, text: str) -> _TooMuch:
+        events: Any = self  # whose types are not written
+        return _TooMuch(_mark(self._name, events.peek_event().start_mark), text)
 
 
 class _Converter:
