@@ -18,9 +18,11 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -59,17 +61,18 @@ class Tap:
             )
         self.name = name
         self._ours = False
-        if (found := Path("/sys/class/net") / name).exists():
-            if not (found / "tun_flags").exists():
+        if any(name == there for _, there in socket.if_nameindex()):
+            # By `ip`, for /sys may be of another namespace.
+            (found,) = json.loads(_run("ip", "-json", "-details", "link", "show", "dev", name))
+            if found.get("linkinfo", {}).get("info_kind") != "tun":
                 raise ConfigError(
                     f"tap {name}: there is an interface of that name which is no TAP; choose another name"
                 )
-            self._ours = (found / "ifalias").read_text().strip() == _ALIAS
-            if not self._ours:
+            if found.get("ifalias") != _ALIAS:
                 return
         else:
             _run("ip", "tuntap", "add", "dev", name, "mode", "tap", "user", str(os.getuid() if uid is None else uid))
-            self._ours = True
+        self._ours = True
         try:
             self._set_up(mtu)
         except ConfigError:
@@ -96,27 +99,26 @@ class Tap:
             _run("ip", "link", "delete", self.name)
 
 
-def _run(program: str, *words: str) -> None:
+def _run(program: str, *words: str) -> str:
+    """What it printed. Raises `ConfigError`."""
     path = shutil.which(program, path=f"{os.environ.get('PATH', '')}:{_SYSTEM}")
     if path is None:
         raise ConfigError(f"a TAP is made with '{program}'; install the package iproute2")
     done = subprocess.run([path, *words], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     if done.returncode:
         raise ConfigError(f"{program} {' '.join(words)}: {done.stderr.strip()} (it needs CAP_NET_ADMIN)")
+    return done.stdout
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = argparse.ArgumentParser(
-        prog="python -m vm.hypervisors.tap", description="Make a TAP device for a command."
-    )
+    options = argparse.ArgumentParser(prog="python -m vm.hypervisors.tap", description="Make a TAP for a command.")
     options.add_argument("--name", required=True, help="of the device, for instance vmtap0")
     options.add_argument("--mtu", type=int, default=1500, help="default: 1500")
     options.add_argument("--uid", type=int, help="of the user who may open it; default: ours")
     options.add_argument("command", nargs="+", help="what is run beside it, after --")
     chosen = options.parse_args(argv)
-    signal.pthread_sigmask(
-        signal.SIG_BLOCK, (*_ENDS, *_HANDED_ON, signal.SIGCHLD)
-    )  # taken by `_beside`, none too early
+    # Taken by `_beside`; one that comes before then waits.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (*_ENDS, *_HANDED_ON, signal.SIGCHLD))
     try:
         tap = Tap(chosen.name, mtu=chosen.mtu, uid=chosen.uid)
     except ConfigError as error:
@@ -128,6 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{chosen.command[0]}: {error.strerror}", file=sys.stderr)
         tap.close()
         return 127
+    os.closerange(3, 1 << 20)  # they are the command's: who waits until it closes one waits for us too
     asked = _beside(child)
     if asked:
         tap.close()

@@ -10,7 +10,7 @@ from netstack.errors import ConfigError
 from tests.support import golden
 from tests.support.specs import card, disk, full, minimal, share, vsock
 from vm.api import Disk, Hypervisor, Unsupported, VmSpec
-from vm.hypervisors import caps, cloud_hypervisor, crosvm, firecracker, hyperkit, vfkit
+from vm.hypervisors import caps, cloud_hypervisor, crosvm, firecracker, hyperkit, qemu, vfkit
 
 GOLDEN = Path(__file__).parent / "golden"
 DRIVERS: dict[str, Hypervisor] = {
@@ -89,13 +89,16 @@ def test_what_a_hypervisor_has_not_is_refused_with_the_names_of_those_that_have_
     golden.check(GOLDEN / f"{case}.txt", golden.refusal(refused.value))
 
 
-@pytest.mark.parametrize("name", DRIVERS)
+@pytest.mark.parametrize("name", [*DRIVERS, "qemu"])
 def test_who_could_is_who_does(name: str) -> None:
+    driver = qemu.DRIVER if name == "qemu" else DRIVERS[name]
     for case, spec in REFUSED.items():
+        if name == "qemu" and spec.shares:
+            continue  # which virtiofsd there is decides too
         try:
             driver_of(case).plan(spec, golden.STATE)
         except Unsupported as refused:
-            assert (name in refused.able) == plans(DRIVERS[name], spec), case
+            assert (name in refused.able) == plans(driver, spec), case
         except ConfigError:
             pass  # nobody could, or another name would do
 
