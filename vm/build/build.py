@@ -58,7 +58,6 @@ def build(
             Warning("trust", "image", "nothing is verified by it; packages are by apt, OCI images by their digests")
         )
     sources = Sources(Cache(cache or default_cache()), base_directory.resolve(), progress)
-    progress(machine.kernel.image or "kernel")
     picked = kernel.pick(machine.kernel, sources)
     tree = init.root(machine, sources, warnings)
     tree.merge(picked.modules)

@@ -111,9 +111,6 @@ def _places(machine: LinuxKit) -> Iterator[tuple[str, Image]]:
     """Each container with its directory, in order."""
     for kind, entries in (("onboot", machine.onboot), ("onshutdown", machine.onshutdown)):
         yield from ((f"/containers/{kind}/{number:03}-{entry.name}", entry) for number, entry in enumerate(entries))
-    names = Counter(entry.name for entry in machine.services)
-    if twice := [name for name, count in names.items() if count > 1]:
-        raise ConfigError(f"services: {', '.join(twice)}: two of one name; give each its own")
     yield from ((f"/containers/services/{entry.name}", entry) for entry in machine.services)
 
 

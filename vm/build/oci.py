@@ -87,15 +87,16 @@ def _manifest(index: Mapping[str, Any], reference: str, blob: Blob, what: str, d
     found = _objects(index, "manifests", what)
     if reference:
         found = [one for one in found if _object(one.get("annotations") or {}, what).get(_REF) == reference]
-    platforms = [_object(one.get("platform") or {}, what) for one in found]
-    ours = [
-        one for one, on in zip(found, platforms, strict=True) if on.get("architecture", ARCHITECTURE) == ARCHITECTURE
-    ]
+    ours = {
+        str(one.get("digest")): one
+        for one in found
+        if _object(one.get("platform") or {}, what).get("architecture", ARCHITECTURE) == ARCHITECTURE
+    }
     if len(ours) != 1:
         named = [_object(one.get("annotations") or {}, what).get(_REF) for one in _objects(index, "manifests", what)]
         names = ", ".join(sorted(str(name) for name in named if name)) or f"{len(named)} without a name"
         raise ConfigError(f"{what}: {len(ours)} images fit; it has {names}: name one with {what}:NAME")
-    manifest = _object(_json(_verified(blob, ours[0], what), f"{what}: the image's manifest"), what)
+    manifest = _object(_json(_verified(blob, next(iter(ours.values())), what), f"{what}: the image's manifest"), what)
     if "manifests" in manifest and depth < 3:
         return _manifest(manifest, "", blob, what, depth + 1)
     return manifest

@@ -27,6 +27,7 @@ from vm.build.tree import Entry, Slice, Tree
 
 SITE: Final = "usr/lib/python3/dist-packages"
 """Where Debian's Pythons look, whichever their version."""
+_SOURCE: Final = stat.S_IFREG | 0o644
 _NO_REGISTRY: Final = (
     "image {0!r}: there is no registry here. Save it (`skopeo copy docker://{0} oci:DIR:NAME`) and write oci-layout:DIR:NAME, "
     "or `docker save` it and write docker-archive:FILE; or make it of dir:, tar: and deb: sources"
@@ -47,13 +48,13 @@ class Sources:
     def __init__(self, cache: Cache, base: Path, progress: Callable[[str], None] = lambda text: None) -> None:
         self.cache = cache
         self.base = base
-        self._progress = progress
+        self.progress = progress
         self._images: dict[str, Image] = {}
 
     def image(self, reference: str) -> Image:
         """Raises `ConfigError` for what cannot be used, `HostError` for what cannot be had."""
         if reference not in self._images:
-            self._progress(reference)
+            self.progress(reference)
             self._images[reference] = self._made(reference)
         return self._images[reference]
 
@@ -97,11 +98,11 @@ class Sources:
         raise ConfigError(f"{self.base / rest}: there is no such file or directory")
 
 
-def add_directory(tree: Tree, directory: Path, what: str, at: str = "", *, skip: frozenset[str] = frozenset()) -> None:
-    """What is in a directory of the host, by root. Links are taken as they are; names in `skip` are left out."""
+def add_directory(tree: Tree, directory: Path, what: str) -> None:
+    """What is in a directory of the host, by root. Links are taken as they are."""
     if not directory.is_dir():
         raise ConfigError(f"{what}: {directory} is not a directory")
-    for path, entry in _entries(directory.resolve(), at, skip):
+    for path, entry in _entries(directory.resolve(), "", frozenset()):
         tree.add(path, entry)
 
 
@@ -139,12 +140,14 @@ def add_module(tree: Tree, name: str) -> None:
     path = SITE
     while inner and at.name == "__init__.py":
         path = f"{path}/{at.parent.name}"
-        tree.add(f"{path}/__init__.py", Entry(mode=stat.S_IFREG | 0o644, content=whole(at)))
+        tree.add(f"{path}/__init__.py", Entry(mode=_SOURCE, content=whole(at)))
         package, module = at.parent / inner[0] / "__init__.py", at.parent / f"{inner.pop(0)}.py"
         at = package if package.is_file() else module
     if inner or not at.is_file():
         raise ConfigError(f"python:{name}: Python's path has no package or module of this name")
-    if at.name == "__init__.py":
-        add_directory(tree, at.parent, f"python:{name}", f"{path}/{at.parent.name}", skip=frozenset({"__pycache__"}))
-    else:
-        tree.add(f"{path}/{at.name}", Entry(mode=stat.S_IFREG | 0o644, content=whole(at)))
+    if at.name != "__init__.py":
+        tree.add(f"{path}/{at.name}", Entry(mode=_SOURCE, content=whole(at)))
+        return
+    for inside, entry in _entries(at.parent, f"{path}/{at.parent.name}", frozenset({"__pycache__"})):
+        if entry.is_file():  # whatever modes a checkout has
+            tree.add(inside, replace(entry, mode=_SOURCE))
