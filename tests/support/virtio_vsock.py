@@ -248,7 +248,7 @@ class Guest:
         self.stop()
         for queue in self.queues:
             if queue is self.queues[RX]:
-                self.spare += [outstanding.token for outstanding in queue.outstanding.values()]
+                self.spare += [outstanding.token for outstanding in queue.outstanding.values() if outstanding.token]
             queue.reset()
         self.socks.clear()
         self.start()

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import mmap
-import os
 import random
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
-from tests.support import flipper
+from tests.support.flipping import flipping
 from tests.support.guest_memory import GuestMemory
 from tests.support.vhost_bench import Bench
 from tests.support.virtio_net import FULL, PLAIN
@@ -23,25 +16,6 @@ from .conftest import MRG, MakeBench
 
 FLIPS = 2_000_000
 CHAINS = 12_000
-
-
-@contextmanager
-def flipping(memory: GuestMemory, ranges: list[tuple[int, int]], seed: int) -> Iterator[memoryview]:
-    """While it lasts, octets of these ranges (guest addresses, all in the first region) change; yields the count of changes."""
-    region = memory.regions()[0]
-    counter = os.memfd_create("counter", os.MFD_CLOEXEC)
-    os.ftruncate(counter, 8)
-    places = [f"{at - region.guest_address}:{length}" for at, length in ranges]
-    child = subprocess.Popen(
-        [sys.executable, str(Path(flipper.__file__)), str(region.fd), str(counter), str(seed), *places],
-        pass_fds=[region.fd, counter],
-    )
-    try:
-        yield memoryview(mmap.mmap(counter, 8)).cast("Q")
-    finally:
-        child.kill()
-        child.wait()
-        os.close(counter)
 
 
 def one_round(b: Bench, rng: random.Random, chains: int) -> None:

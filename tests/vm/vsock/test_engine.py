@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vm.vsock import engine as engine_module
 from vm.vsock import packet
@@ -375,3 +377,61 @@ def test_a_guest_that_begins_anew_has_no_connections_and_is_told_nothing(script:
     closed = script.events()
     assert len(closed) == 2 and Closed(connection, Count.RESET_TRANSPORT) in closed
     assert script.hears() == [] and not script.engine.has_packets
+
+
+# Anything at all.
+
+OPS = st.sampled_from([0, REQUEST, RESPONSE, RST, SHUTDOWN, RW, CREDIT_UPDATE, CREDIT_REQUEST, 99])
+SAID = st.tuples(
+    OPS, st.integers(1, 4), st.sampled_from([0, 1, 300_000]), st.integers(0, 3), st.sampled_from([0, 5, 0xFFFFFFFF])
+)
+DONE = st.sampled_from(["connect", "close", "accept", "refuse", "sent", "taken", "shuts", "timeout", "hear", "starve"])
+
+
+@given(st.lists(SAID | DONE, max_size=60))
+def test_any_guest_and_any_host_leave_the_engine_in_order(steps: list[tuple[int, int, int, int, int] | str]) -> None:
+    """Never an exception, never more than the limits; each connection ends once, and with nothing left to say."""
+    script = Script(limit=4)
+    seen: list[Connection] = []
+    closed: list[Connection] = []
+    for step in steps:
+        live = list(script.engine.connections.values())
+        if isinstance(step, tuple):
+            op, src, length, flags, script.fwd_cnt = step
+            script.buf_alloc = length
+            connection = script.says(op, length, flags, src=src)
+            assert connection is None or connection.held <= BUF_ALLOC
+        elif step == "connect":
+            script.engine.connect(1, script.now)
+        elif step == "timeout":
+            script.now += CONNECT_S
+            script.engine.timeout(script.now)
+        elif step == "hear":
+            script.engine.next_packet(script.now)
+        for connection in live if isinstance(step, str) else ():
+            if step == "close":
+                script.engine.close(connection)
+                closed.append(connection)
+            elif step == "accept":
+                script.engine.accept(connection)
+            elif step == "refuse" and connection.state is State.DIALLING:
+                script.engine.refuse(connection)
+                closed.append(connection)
+            elif step == "sent" and connection.state is State.OPEN:
+                connection.sent(connection.room())
+            elif step == "taken":
+                connection.taken(connection.held)
+            elif step == "shuts" and connection.state is State.OPEN:
+                connection.host_shuts(NO_MORE_SEND)
+            elif step == "starve" and connection.state is State.OPEN and not connection.room():
+                connection.starves()
+        seen += [one for one in script.engine.connections.values() if one not in seen]
+        closed += [event.connection for event in script.events() if isinstance(event, Closed)]
+        assert len(script.engine.connections) <= 4
+        assert all(0 <= one.room() <= one.peer_buf_alloc for one in script.engine.connections.values())
+    live = list(script.engine.connections.values())
+    assert len(closed) == len(set(closed)) and {*closed, *live} == set(seen)
+    said = script.headers()
+    assert len(said) <= 3 * (len(steps) * 4 + 1)
+    script.engine.drop_all()
+    assert script.headers() == []
