@@ -88,16 +88,18 @@ class StandIn:
             answer = answers.get(order)
             if callable(answer):
                 answer = answer(body)
-            return web.Response(status=204) if answer is None else web.json_response(answer)
+            if answer is None or isinstance(answer, int):
+                return web.Response(status=answer or 204)
+            return web.json_response(answer)
 
         server = web.Server(handle)
         await asyncio.get_running_loop().create_unix_server(server, path)
         await self.ended.wait()
 
-    def inspected(self, found: Any) -> Any:
+    def inspected(self, found: Any, at_first: Any) -> Any:
         """The first time nothing is known yet."""
         self._inspected += 1
-        return found if self._inspected > 1 else {}
+        return found if self._inspected > 1 else at_first
 
 
 def _after(words: Sequence[str], flag: str) -> str:
@@ -109,14 +111,14 @@ async def _vfkit(words: Sequence[str]) -> None:
     vm = StandIn(Path(path).parent)
     console = {"kind": "virtioserial", "ptyName": vm.pty()}
     devices = {"cpus": 1, "devices": [{"kind": "virtiorng"}, console]}
-    await vm.rest(path, {"GET /vm/inspect": lambda _: vm.inspected(devices)}, ("POST /vm/state", {"state": "Stop"}))
+    await vm.rest(path, {"GET /vm/inspect": lambda _: vm.inspected(devices, {})}, ("POST /vm/state", {"state": "Stop"}))
 
 
 async def _cloud_hypervisor(words: Sequence[str]) -> None:
     path = _after(words, "--api-socket").removeprefix("path=")
     vm = StandIn(Path(path).parent)
     info = {"config": {"serial": {"file": vm.pty(), "mode": "Pty"}}, "state": "Running"}
-    answers = {"GET /api/v1/vm.info": lambda _: vm.inspected(info)}
+    answers = {"GET /api/v1/vm.info": lambda _: vm.inspected(info, 404)}
     await vm.rest(path, answers, ("PUT /api/v1/vm.power-button", None))
 
 

@@ -40,7 +40,7 @@ class Crosvm:
             *("-s", str(state.monitor)),
             *("--cpus", str(spec.cpus)),
             *("--mem", str(spec.memory_mib)),
-            *("--serial", "type=stdout,hardware=serial,num=1,console=true,stdin=true"),
+            *("--serial", "type=stdout,hardware=serial,num=1,console,stdin"),
             *flagged("--block", (_disk(disk) for disk in spec.disks)),
             *_nics(spec),
             *flagged("--shared-dir", (_share(share) for share in spec.shares if share.kind == "virtiofs")),
@@ -116,7 +116,7 @@ def _tap(nic: Nic) -> str:
 
 
 def _disk(disk: Disk) -> str:
-    return f"path={plain(NAME, 'disk', disk.path)}" + (",ro=true" if disk.readonly else "")
+    return f"path={plain(NAME, 'disk', disk.path)}" + (",ro" if disk.readonly else "")
 
 
 def _share(share: Share) -> str:

@@ -16,7 +16,7 @@ from netstack.errors import HostError
 from vm.api import Console, Event, EventKind, Machine, Plan, RestCall, StateDir
 from vm.hypervisors.caps import cannot
 from vm.hypervisors.prepare import prepare
-from vm.hypervisors.process import Process, spawn
+from vm.hypervisors.process import Process, ended, spawn
 from vm.hypervisors.rest import Rest
 from vm.hypervisors.words import named_both_ways
 from vm.pty_shim import PtyShim
@@ -35,6 +35,7 @@ class ProcessMachine:
         self.process = process
         self.console = console
         self._asked = False
+        self._ordering = asyncio.Lock()
         self._events: asyncio.Queue[Event] = asyncio.Queue(MAX_EVENTS)
         self._ending = asyncio.create_task(self._end())
         self.tell(Event(kind=EventKind.STARTED))
@@ -56,21 +57,20 @@ class ProcessMachine:
                 return
 
     async def pause(self) -> None:
-        await self._pause()
-        self.tell(Event(kind=EventKind.PAUSED))
+        async with self._ordering:
+            await self._pause()
+            self.tell(Event(kind=EventKind.PAUSED))
 
     async def resume(self) -> None:
-        await self._resume()
-        self.tell(Event(kind=EventKind.RESUMED))
+        async with self._ordering:
+            await self._resume()
+            self.tell(Event(kind=EventKind.RESUMED))
 
     async def powerdown(self) -> None:
-        before, self._asked = self._asked, True  # it may be gone before the order is answered
-        try:
+        async with self._ordering:
             await self._powerdown()
-        except BaseException:
-            self._asked = before
-            raise
-        self.tell(Event(kind=EventKind.POWERDOWN))
+            self._asked = True
+            self.tell(Event(kind=EventKind.POWERDOWN))
 
     async def kill(self) -> None:
         self._asked = True
@@ -102,6 +102,8 @@ class ProcessMachine:
     async def _end(self) -> int:
         status = await self.process.wait()
         await self._heard()
+        async with self._ordering:  # it may be gone before the order is answered for which it went
+            pass
         if not status:
             self.tell(Event(kind=EventKind.SHUTDOWN, by_guest=not self._asked))
         self.tell(Event(kind=EventKind.EXITED, status=status, text=self.process.said()))
@@ -148,22 +150,28 @@ async def start_by_rest(
         await rest.there(process)
         for call in plan.rest:
             await rest.call(call)
-        path = await _told_pty(rest, inspect, pty)
+        path = await _told_pty(process, rest, inspect, pty)
         console = PtyShim.over_pty(state.console, state.console_log, path)
         undo.pop_all()
         return RestMachine(plan.driver, process, console, rest, orders)
 
 
-async def _told_pty(rest: Rest, inspect: str, pty: Callable[[Any], str]) -> Path:
-    call = RestCall(method="GET", path=inspect)
-    try:
-        async with asyncio.timeout(LIMIT_S):
-            while True:
-                if path := pty(await rest.call(call)):
-                    return Path(path)
-                await asyncio.sleep(0.05)
-    except TimeoutError:
-        raise HostError(f"{rest.name}: {inspect} names no pty of the console within {LIMIT_S:.0f} s") from None
+async def _told_pty(process: Process, rest: Rest, inspect: str, pty: Callable[[Any], str]) -> Path:
+    """The API is there before the machine, so a refusal may mean: not yet. Raises `HostError`."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + LIMIT_S
+    while True:
+        try:
+            if path := pty(await rest.call(RestCall(method="GET", path=inspect))):
+                return Path(path)
+            why = f"{rest.name}: {inspect} names no pty of the console"
+        except HostError as error:
+            why = str(error)
+        if process.returncode is not None:
+            raise await ended(process)
+        if loop.time() >= end:
+            raise HostError(f"{why}; for {LIMIT_S:g} s")
+        await asyncio.sleep(0.05)
 
 
 async def spawn_on_pty(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from pathlib import Path
 from typing import Any
@@ -69,4 +70,19 @@ async def test_events_that_nobody_reads_have_a_bound_and_the_last_is_kept(tmp_pa
     events = [event.kind async for event in machine.events()]
     assert len(events) == MAX_EVENTS
     assert events[-1] is EventKind.EXITED
+    await machine.close()
+
+
+async def test_an_order_whose_answer_comes_after_the_end_is_told_before_it(tmp_path: Path) -> None:
+    class Slow(ProcessMachine):
+        async def _powerdown(self) -> None:
+            self.process.kill()
+            await self.process.wait()
+            await asyncio.sleep(0.05)
+
+    process = await spawn((sys.executable, "-c", "input()"), log=tmp_path / "log" / "x.log")
+    machine = Slow("x", process)
+    await machine.powerdown()
+    events = [event.kind async for event in machine.events()]
+    assert events == [EventKind.STARTED, EventKind.POWERDOWN, EventKind.EXITED]
     await machine.close()

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import stat
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -19,6 +20,7 @@ from tests.support import stand_in
 from tests.support.specs import full, minimal
 from vm.api import EventKind, Hypervisor, Machine, StateDir
 from vm.hypervisors import cloud_hypervisor, crosvm, firecracker, hyperkit, vfkit
+from vm.hypervisors import machine as machine_module
 
 LIMIT_S = 30.0
 DRIVERS: dict[str, Hypervisor] = {
@@ -169,6 +171,20 @@ async def test_an_order_that_is_refused_is_an_error_and_no_event(name: str, orde
             await machine.pause()
         await machine.kill()
         assert await kinds(machine) == [EventKind.STARTED, EventKind.EXITED]
+
+
+@pytest.mark.parametrize(("name", "inspect"), [("vfkit", "/vm/inspect"), ("cloud-hypervisor", f"{API}/vm.info")])
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [([404, {}], "GET {}: 404"), ([200, {"config": 7, "devices": 7}], "{} names no pty of the console")],
+)
+async def test_a_hypervisor_that_never_names_its_console_is_given_up(
+    name: str, inspect: str, answer: Any, why: str, state: StateDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine_module, "LIMIT_S", 0.3)
+    (state.path / stand_in.REFUSE).write_text(json.dumps({f"GET {inspect}": answer}))
+    with pytest.raises(HostError, match=re.escape(f"{name}: {why.format(inspect)}")):
+        await DRIVERS[name].start(DRIVERS[name].plan(minimal(), state), state)
 
 
 async def test_an_order_that_crosvms_program_refuses_is_an_error(state: StateDir) -> None:
