@@ -45,6 +45,8 @@ class VsockService:
         """Faults of ours; anything but 0 deserves a report."""
         self.device: VsockDevice | None = None
         """While a front-end is connected."""
+        self._idle = asyncio.Event()
+        self._idle.set()
         self.unix = UnixSide(directory, cid, self._connect, forwards)
         self._path = vhost_user.absolute()
         self._cid = cid
@@ -77,6 +79,10 @@ class VsockService:
         found["contained"] = self.contained
         return found
 
+    async def idle(self) -> None:
+        """Until no front-end is connected."""
+        await self._idle.wait()
+
     async def _serve(self, sock: socket.socket) -> None:
         """One front-end, until it goes."""
         assert self._poller is not None
@@ -99,6 +105,7 @@ class VsockService:
 
         channel = Channel(socket.socket(fileno=sock.detach()), device, closed=closed, contain=self._contained)
         self.device = device
+        self._idle.clear()
         log.info("%s: a front-end has connected", device.name)
         try:
             channel.start()
@@ -106,6 +113,7 @@ class VsockService:
         finally:
             channel.close()
             self.device = None
+            self._idle.set()
 
     def _connect(self, port: int, sock: socket.socket, greeting: Callable[[int], bytes]) -> bool:
         return self.device is not None and self.device.connect(port, sock, greeting)
