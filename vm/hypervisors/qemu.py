@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import re
 from pathlib import Path
@@ -23,14 +24,17 @@ from vm.hypervisors import caps, qemu_plan
 from vm.hypervisors.machine import ProcessMachine
 from vm.hypervisors.prepare import prepare
 from vm.hypervisors.process import Process, ended, spawn, until
-from vm.hypervisors.qemu_plan import NAME, Host
+from vm.hypervisors.qemu_plan import NAME, Host, host_arch, kvm_denied
 from vm.hypervisors.qmp import Qmp, QmpEvent
+
+log = logging.getLogger("pyvpnkit")
 
 OLDEST: Final = (7, 2)
 MONITOR_S: Final = 10.0
 INSTALL: Final = "apt install qemu-system-x86 (or qemu-system-arm), or brew install qemu"
+JOIN_KVM: Final = "join the group kvm (usermod -aG kvm $USER, log in anew)"
 HINTS: Final = (
-    (r"KVM kernel module: Permission denied", "join the group kvm (usermod -aG kvm $USER, log in anew), or say accel: tcg"),
+    (r"KVM kernel module: Permission denied", f"{JOIN_KVM}, or say accel: tcg"),
     (r"KVM kernel module: No such file|failed to initialize kvm|invalid accelerator kvm", "this host has no KVM; say accel: tcg"),
     (r"invalid accelerator hvf|failed to initialize HVF", "hvf is for macOS; say accel: auto"),
     (r"Failed to get \"(write|consistent read)\" lock|Failed to get shared", "another machine uses that disk"),
@@ -45,20 +49,22 @@ _CHATTER: Final = "char device redirected to /dev/"
 
 
 class Qemu:
-    """The driver. `host` is for tests, and for a QEMU whose version is known to be newer."""
+    """The driver. `host` is where QEMU runs, by default here; name one for a QEMU that is known to be newer than 7.2."""
 
     name: str = NAME
     caps: Caps = caps.caps_of(NAME)
 
     def __init__(self, host: Host | None = None, *, monitor_s: float = MONITOR_S) -> None:
-        self._host = host or Host()
+        self._host = host
         self._monitor_s = monitor_s
 
     def plan(self, spec: VmSpec, state: StateDir) -> Plan:
-        return qemu_plan.plan(spec, state, self._host)
+        return qemu_plan.plan(spec, state, self._host or Host.here())
 
     async def start(self, plan: Plan, state: StateDir) -> QemuMachine:
         await prepare(plan)
+        if "kvm" not in plan.argv and kvm_denied(host_arch()):
+            log.warning("qemu: without KVM, which is several times as fast; %s", JOIN_KVM)
         with contextlib.suppress(FileExistsError):
             os.close(os.open(state.console_log, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
         process = await spawn(plan.argv, plan.env, log=state.log(NAME), install=INSTALL)

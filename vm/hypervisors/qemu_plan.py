@@ -7,7 +7,9 @@ Memory is shared with other processes (a memfd) only where a device is one of vh
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -31,6 +33,25 @@ def host_arch() -> str:
     return _SPELLINGS.get(found, found)
 
 
+def kvm_works(arch: str, device: Path = Path("/dev/kvm"), processors: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether KVM is to be tried. A guest may hang without a word where the device is there for something else than VMX or SVM."""
+    return os.access(device, os.R_OK | os.W_OK) and _virtualizes(arch, processors)
+
+
+def kvm_denied(arch: str, device: Path = Path("/dev/kvm"), processors: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether KVM is there and would work, and we may not use it."""
+    return device.exists() and not os.access(device, os.R_OK | os.W_OK) and _virtualizes(arch, processors)
+
+
+def _virtualizes(arch: str, processors: Path) -> bool:
+    if arch != "x86_64":
+        return True
+    try:
+        return re.search(r"^flags\s*:.* (vmx|svm)( |$)", processors.read_text(), re.MULTILINE) is not None
+    except OSError:
+        return False
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
     """Where QEMU runs, as far as its words depend on that."""
@@ -42,6 +63,14 @@ class Host:
     """QEMU runs as root; `None`: as we do."""
     version: tuple[int, int] = (7, 2)
     """Of QEMU. The words of 7.2 are taken by all later ones up to 9.2 at least; a stream link needs 8.0 to dial again."""
+    kvm: bool = True
+    """For `accel: auto`."""
+
+    @classmethod
+    def here(cls) -> Host:
+        """This one. Nothing is started to find out, and nothing opened but /proc."""
+        arch = host_arch()
+        return cls(arch=arch, kvm=sys.platform == "linux" and kvm_works(arch))
 
 
 def argv(spec: VmSpec, state: StateDir, host: Host) -> list[str]:
@@ -145,10 +174,12 @@ def _machine(spec: VmSpec, host: Host, shared: bool) -> list[str]:
 
 
 def _accels(spec: VmSpec, host: Host) -> list[str]:
-    """QEMU takes the first that works, so `auto` needs nobody to look beforehand."""
+    """QEMU takes the first that it can begin with."""
     if spec.accel != "auto":
         return [spec.accel]
-    return ["hvf" if host.system == "darwin" else "kvm", "tcg"]
+    if host.system == "darwin":
+        return ["hvf", "tcg"]
+    return ["kvm", "tcg"] if host.kvm else ["tcg"]
 
 
 def _nic(number: int, nic: Nic, spec: VmSpec, state: StateDir, host: Host) -> Iterator[str]:

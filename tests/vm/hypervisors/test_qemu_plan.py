@@ -17,7 +17,7 @@ from vm.api import Disk, Plan, Unsupported, VmSpec
 from vm.filesystems import virtiofsd
 from vm.filesystems.virtiofsd import Program, User
 from vm.hypervisors import caps, qemu, registry
-from vm.hypervisors.qemu_plan import Host, made_up_mac
+from vm.hypervisors.qemu_plan import Host, kvm_denied, kvm_works, made_up_mac
 
 GOLDEN = Path(__file__).parent / "golden"
 LINUX = Host(arch="x86_64", system="linux", root=True)
@@ -29,6 +29,7 @@ DEVICE = golden.STATE.vsock_device
 PLANNED: dict[str, tuple[VmSpec, Host]] = {
     "minimal": (minimal(), LINUX),
     "full": (full("qemu-stream", ("9p-local",), vsock=vsock(socket=DEVICE)), LINUX),
+    "without-kvm": (minimal(nics=(card("vhost-user"),)), replace(LINUX, kvm=False)),
     "aarch64": (minimal(disks=(disk(),), nics=(card("qemu-stream"),)), ARM),
     "mac": (minimal(nics=(card("qemu-stream"),)), MAC),
     "stream-8.0": (minimal(nics=(card("qemu-stream"),)), replace(LINUX, version=(8, 0))),
@@ -151,6 +152,33 @@ def test_addresses_of_cards_are_made_up_the_same_each_time_and_otherwise_elsewhe
     made = {made_up_mac(spec, 0), made_up_mac(spec, 1), made_up_mac(other, 0)}
     assert len(made) == 3 and all(mac.startswith("52:54:00:") for mac in made)
     assert made_up_mac(spec, 0) == made_up_mac(minimal(), 0)
+
+
+FLAGS = "processor\t: 0\nflags\t\t: fpu vme {} hypervisor\nbugs\t\t: vmx_none\n"
+
+
+@pytest.mark.parametrize(
+    ("arch", "flags", "works"),
+    [
+        ("x86_64", "vmx", True),
+        ("x86_64", "svm", True),
+        # As on some clouds: /dev/kvm is there, answers with its version, and no guest gets anywhere.
+        ("x86_64", "sse", False),
+        ("aarch64", "", True),
+    ],
+)
+def test_whether_kvm_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arch: str, flags: str, works: bool
+) -> None:
+    (tmp_path / "kvm").touch()
+    (tmp_path / "cpuinfo").write_text(FLAGS.format(flags))
+    assert kvm_works(arch, tmp_path / "kvm", tmp_path / "cpuinfo") is works
+    assert not kvm_works(arch, tmp_path / "absent", tmp_path / "cpuinfo")
+    assert not kvm_denied(arch, tmp_path / "kvm", tmp_path / "cpuinfo")
+    assert not kvm_denied(arch, tmp_path / "absent", tmp_path / "cpuinfo")
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert kvm_denied(arch, tmp_path / "kvm", tmp_path / "cpuinfo") is works
+    assert not kvm_works(arch, tmp_path / "kvm", tmp_path / "cpuinfo")
 
 
 def test_words_of_the_user_come_last_and_may_turn_the_sandbox_off() -> None:
