@@ -434,6 +434,11 @@ class _Judge:
             value = inner
         return value.mark
 
+    def _whole(self, what: str, count: int) -> bool:
+        """Whether all entries of a list could be read."""
+        value = next((one for word, one in self._root.entries if word.text == what), None)
+        return not isinstance(value, Items) or len(value.values) == count
+
     def settings(self, found: VmSettings, check_publish: Callable[[str], object] | None) -> None:
         """Complain about all of it."""
         boot = found.boot
@@ -478,6 +483,8 @@ class _Judge:
         ):
             if len(entries) > most:
                 self._complaints.add(self._at(what), f"{what}: {len(entries)} are more than {most}")
+        if not self._whole("shares", len(found.shares)) or not self._whole("publish", len(found.publish)):
+            return  # what was left out would shift the places
         tags: dict[str, int] = {}
         targets: dict[str, int] = {}
         for number, share in enumerate(found.shares):

@@ -211,10 +211,12 @@ class Supervisor:
 
     async def _attempt(self) -> Verdict:
         loop = asyncio.get_running_loop()
+        if self._down.is_set():
+            verdict = Verdict(Cause.ASKED, "asked to go down")
+            self._move(Input.OVER, verdict.text)
+            return verdict
         self._verdict = loop.create_future()
         began = loop.time()
-        if self._down.is_set():
-            self._end(Cause.ASKED, "asked to go down")
         async with contextlib.AsyncExitStack() as stack:
             starting = asyncio.create_task(self._bring_up(stack), name="bring up")
             try:
