@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from netstack.errors import Malformed
@@ -80,6 +80,7 @@ def test_a_service_of_another_load_balancer_is_not_ours() -> None:
     assert not parse(document).is_load_balancer
 
 
+@settings(deadline=None)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.text(max_size=8),
@@ -215,6 +216,7 @@ def test_services_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (len(made), made.overflow) == (2, 1)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.sampled_from("abc"), st.integers(80, 83), st.integers(1, 2)), max_size=8),
     st.lists(st.integers(80, 84)),

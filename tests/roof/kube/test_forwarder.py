@@ -319,7 +319,7 @@ async def test_without_rights_the_ports_are_published_all_the_same(
 async def test_the_end_does_not_wait_for_a_silent_watch(world: World) -> None:
     running = world.start()
     await until(lambda: world.api.watching == 1)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         await world.stop(running)
     # The connection is closed, not just left: the server sees it.
     await until(lambda: world.api.watching == 0)
@@ -340,7 +340,8 @@ async def test_a_watch_over_tls_ends_at_once_too(world: World, tmp_path: Path) -
         await until(lambda: api.watching == 1)
         await api.put(service("web", a={"port": number}))
         await world.shows(spec(number, to=number))
-        async with asyncio.timeout(10):
+        await until(lambda: api.ingress("default/web") is not None)  # so that nothing but the watch goes on
+        async with asyncio.timeout(30):
             await world.stop(running)
         await until(lambda: api.watching == 0)
 

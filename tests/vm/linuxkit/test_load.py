@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from netstack.errors import ConfigError
@@ -323,6 +323,7 @@ def test_no_text_changes_on_its_way_through_yaml(text: str) -> None:
     assert load(render(machine)) == machine
 
 
+@settings(deadline=None)
 @given(st.text(alphabet=st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), max_size=40))
 def test_any_printable_text_reads_back(text: str) -> None:
     machine = LinuxKit(services=(Image(name="one", image="i", command=(text,)),))
@@ -334,6 +335,7 @@ def test_any_printable_text_reads_back(text: str) -> None:
         assert read == machine
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_any_octets_are_a_machine_or_complaints(octets: bytes) -> None:
     try:
