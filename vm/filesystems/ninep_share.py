@@ -15,8 +15,8 @@ from vm.api import Endpoint, Owner, Share, ShareKind, Sidecar, StateDir
 from vm.filesystems.mounts import MSIZE, mount
 
 FIRST_PORT: Final = 564
-GUEST_MOUNT: Final = ("python3", "-m", "vm.guest.mount9p")
-"""What a guest runs with `--port N [--read-only] TARGET`."""
+GUEST_MOUNT: Final = "mount9p"
+"""What a guest runs: `vm.guest.mount9p` under the name it has there."""
 ALL: Final[frozenset[Owner]] = frozenset({"passthrough", "squash", "mapped", "requester"})
 
 
@@ -38,16 +38,14 @@ class NinepShare:
         else:
             socket = state.vsock / f"00000002.{port(index):08x}"
             readonly = ["--read-only"] if share.readonly else []
-            how = shlex.join([*GUEST_MOUNT, "--port", str(port(index)), *readonly, share.target])
+            how = shlex.join([GUEST_MOUNT, "--port", str(port(index)), *readonly, share.target])
         return Endpoint(share=share, sidecars=(server(share, socket),), socket=socket, mount=how)
 
 
 def server(share: Share, socket: Path) -> Sidecar:
     """What serves it at `socket`."""
     words = [sys.executable, "-m", "vm.filesystems.ninep", "--socket", str(socket), "--export", str(share.source)]
-    words += ["--owner", share.owner]
-    if share.owner == "squash":
-        words += ["--uid", str(share.uid), "--gid", str(share.gid)]
+    words += ["--owner", f"squash:{share.uid}:{share.gid}" if share.owner == "squash" else share.owner]
     if share.readonly:
         words.append("--read-only")
     return Sidecar(name=f"share-{share.tag}", argv=(*words, "--ready-fd", "{ready_fd}"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,12 @@ from netstack.errors import ConfigError
 from tests.support.specs import share, vsock
 from vm.api import Caps, Endpoint, Share, ShareKind, StateDir, Unsupported, VmSpec
 from vm.filesystems import registry, virtiofsd
+from vm.filesystems.ninep.__main__ import _parser as server_options
+from vm.filesystems.ninep.owners import parse_owner
 from vm.filesystems.ninep_share import port
 from vm.filesystems.qemu9p import security_model
 from vm.filesystems.virtiofsd import Program, User, Virtiofsd
+from vm.guest import mount9p
 
 STATE = StateDir(Path("/run/vm"))
 C = Program(Path("/usr/lib/qemu/virtiofsd"), "C")
@@ -91,8 +96,28 @@ def test_our_server_over_vsock_has_a_port_for_each_share() -> None:
 
 def test_our_server_squashes_and_forbids_writing() -> None:
     made = planned("9p-vsock", owner="squash", uid=501, gid=20, readonly=True)
-    assert argv(made).endswith("--owner squash --uid 501 --gid 20 --read-only --ready-fd {ready_fd}")
+    assert argv(made).endswith("--owner squash:501:20 --read-only --ready-fd {ready_fd}")
     assert "--read-only" in made.mount
+
+
+@pytest.mark.parametrize("owner", ["passthrough", "squash", "mapped", "requester"])
+def test_our_server_and_the_guests_mount_take_these_words(owner: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    made = planned("9p-vsock", owner=owner, uid=501, gid=20, readonly=True, source=tmp_path / "folder")
+    words = [word for word in made.sidecars[0].argv if word not in ("--ready-fd", "{ready_fd}")][3:]
+    taken = server_options().parse_args(words)
+    assert (taken.socket, taken.export, taken.read_only) == (str(made.socket), tmp_path / "folder", True)
+    assert str(parse_owner(taken.owner)).startswith(owner)
+    mounted: list[tuple[str, int]] = []
+    arguments = shlex.split(made.mount)[1:]
+    with socket.socket(socket.AF_UNIX) as server:
+        path = str(tmp_path / "564")  # in place of vsock, which a test must not open
+        server.bind(path)
+        server.listen()
+        arguments = [path if word == "564" else word for word in arguments]
+        arguments[-1] = str(tmp_path / "mnt")
+        assert mount9p.main(arguments, mount=lambda _, target, flags, *more: mounted.append((target, flags))) == 0
+    assert mounted == [(str(tmp_path / "mnt"), mount9p.MS_RDONLY)]
 
 
 def virtiofs(program: Program | None, user: User, **changes: Any) -> Endpoint:
