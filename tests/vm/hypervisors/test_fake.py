@@ -11,20 +11,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from netstack.errors import ConfigError, HostError
-from tests.support import golden
+from tests.support import golden, machines
+from tests.support.machines import LIMIT_S, history, kinds, until
 from tests.support.specs import full, minimal
-from vm.api import Event, EventKind, Machine, StateDir, VmSpec, VsockSpec
+from vm.api import EventKind, Machine, StateDir, VmSpec, VsockSpec
 from vm.hypervisors import fake
 from vm.vsock.api.kinds import vsock_for
 
-LIMIT_S = 30.0
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -40,28 +40,8 @@ def spec_of(state: StateDir, *words: str) -> VmSpec:
     return minimal(extra=words, vsock=VsockSpec(directory=state.vsock))
 
 
-@contextlib.asynccontextmanager
-async def started(state: StateDir, *words: str) -> AsyncIterator[Machine]:
-    machine = await fake.DRIVER.start(fake.DRIVER.plan(spec_of(state, *words), state), state)
-    try:
-        yield machine
-    finally:
-        await machine.close()
-
-
-async def until(true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(LIMIT_S):
-        while not true():  # noqa: ASYNC110  # it happens in another process
-            await asyncio.sleep(0.02)
-
-
-async def history(machine: Machine) -> list[Event]:
-    async with asyncio.timeout(LIMIT_S):
-        return [event async for event in machine.events()]
-
-
-async def kinds(machine: Machine) -> list[EventKind]:
-    return [event.kind for event in await history(machine)]
+def started(state: StateDir, *words: str) -> contextlib.AbstractAsyncContextManager[Machine]:
+    return machines.started(fake.DRIVER, spec_of(state, *words), state)
 
 
 async def line_with(reader: asyncio.StreamReader, part: bytes) -> None:

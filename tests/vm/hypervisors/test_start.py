@@ -9,20 +9,20 @@ import os
 import re
 import stat
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from netstack.errors import HostError
-from tests.support import stand_in
+from tests.support import machines, stand_in
+from tests.support.machines import LIMIT_S, history, kinds, until
 from tests.support.specs import full, minimal
 from vm.api import EventKind, Hypervisor, Machine, StateDir
 from vm.hypervisors import cloud_hypervisor, crosvm, firecracker, hyperkit, vfkit
 from vm.hypervisors import machine as machine_module
 
-LIMIT_S = 30.0
 DRIVERS: dict[str, Hypervisor] = {
     module.DRIVER.name: module.DRIVER for module in (hyperkit, vfkit, cloud_hypervisor, firecracker, crosvm)
 }
@@ -60,29 +60,12 @@ def state(monkeypatch: pytest.MonkeyPatch) -> Iterator[StateDir]:
         yield StateDir(home / "state")
 
 
-@contextlib.asynccontextmanager
-async def started(name: str, state: StateDir) -> AsyncIterator[Machine]:
-    driver = DRIVERS[name]
-    machine = await driver.start(driver.plan(minimal(), state), state)
-    try:
-        yield machine
-    finally:
-        await machine.close()
-
-
-async def until(true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(LIMIT_S):
-        while not true():  # noqa: ASYNC110  # it happens in another process
-            await asyncio.sleep(0.02)
+def started(name: str, state: StateDir) -> contextlib.AbstractAsyncContextManager[Machine]:
+    return machines.started(DRIVERS[name], minimal(), state)
 
 
 async def told(state: StateDir, wanted: Any) -> None:
     await until(lambda: wanted in stand_in.orders(state.path))
-
-
-async def kinds(machine: Machine) -> list[EventKind]:
-    async with asyncio.timeout(LIMIT_S):
-        return [event.kind async for event in machine.events()]
 
 
 @pytest.mark.parametrize("name", DRIVERS)
@@ -134,8 +117,7 @@ async def test_what_the_guest_says_first_is_in_the_log(name: str, state: StateDi
 async def test_a_machine_that_is_killed_says_so(name: str, state: StateDir) -> None:
     async with started(name, state) as machine:
         await machine.kill()
-        async with asyncio.timeout(LIMIT_S):
-            events = [event async for event in machine.events()]
+        events = await history(machine)
         assert [event.kind for event in events] == [EventKind.STARTED, EventKind.EXITED]
         assert events[-1].status == -9
         with pytest.raises(ProcessLookupError):
