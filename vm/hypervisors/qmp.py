@@ -159,9 +159,9 @@ class Qmp:
             raise HostError(f"qemu: {name}: {reply.error}")
         return reply.value
 
-    async def over(self) -> None:
-        """Until all that QEMU will ever say was heard."""
-        await asyncio.wait([self._task])
+    async def over(self, limit_s: float = 1.0) -> None:
+        """Until all that a QEMU which has ended said was heard; not for ever, since a child of its may have the socket."""
+        await asyncio.wait([self._task], timeout=limit_s)
 
     async def close(self) -> None:
         self._task.cancel()
