@@ -27,6 +27,7 @@ from pyvpnkit.boot import SMALL, Kind, Parts
 from pyvpnkit.machine import Card, Machine
 from tests.support import machine
 from tests.support.netns import require
+from tests.support.webhost import exactly, read_all
 
 pytestmark = [pytest.mark.qemu]
 
@@ -136,13 +137,6 @@ def dial(path: Path, line: bytes) -> socket.socket:
     sock.connect(str(path))
     sock.sendall(line)
     return sock
-
-
-def read_all(sock: socket.socket) -> bytes:
-    found = []
-    while piece := sock.recv(1 << 18):
-        found.append(piece)
-    return b"".join(found)
 
 
 def read_line(sock: socket.socket) -> bytes:
@@ -330,12 +324,12 @@ def test_a_machine_that_pauses_loses_nothing(here: Place) -> None:
     with here.hybrid(ECHO) as sock:
         read_line(sock)
         sock.sendall(b"echo\nbefore")
-        assert sock.recv(6, socket.MSG_WAITALL) == b"before"
+        assert exactly(sock, 6) == b"before"
         with qmp(here) as ask:
             ask("stop")
             sock.sendall(b"meanwhile")
             ask("cont")
-        assert sock.recv(9, socket.MSG_WAITALL) == b"meanwhile"
+        assert exactly(sock, 9) == b"meanwhile"
 
 
 def test_a_guest_that_reboots_ends_what_was_open_and_comes_back(here: Place) -> None:

@@ -60,6 +60,10 @@ class Poller:
         if self._ready.pop(descriptor, None) is not None:
             self._epoll.unregister(descriptor)
 
+    def fileno(self) -> int:
+        """Readable when there is news."""
+        return self._epoll.fileno()
+
     def wake(self) -> None:
         """Have `poll` called soon."""
         with contextlib.suppress(BlockingIOError):

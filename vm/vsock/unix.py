@@ -157,7 +157,10 @@ class UnixSide:
 
     def _dial(self, port: int, answer: Callable[[socket.socket | None], None], until: float) -> None:
         for name in (f"{HOST_CID:08x}.{port:08x}", f"vsock_{port}"):
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            except OSError:  # no descriptors are left
+                break
             sock.setblocking(False)
             try:
                 with short_path(self._directory / name) as path:
