@@ -135,7 +135,11 @@ class Cluster:
         self._forget()
 
     def _forget(self) -> None:
-        self._api.api_client.rest_client.pool_manager.clear()
+        manager = self._api.api_client.rest_client.pool_manager
+        for key in manager.pools.keys():  # `clear` of newer ones leaves closing to the garbage collector
+            with contextlib.suppress(KeyError):
+                manager.pools[key].close()
+        manager.clear()
 
     async def list(self) -> tuple[list[Service], str]:
         """All Services, and the version to watch from. Raises `ClusterError`."""
