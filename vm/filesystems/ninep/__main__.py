@@ -55,18 +55,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         _more_descriptors()
         limits = Limits(msize=options.msize)
         share = Share(options.export, parse_owner(options.owner), read_only=options.read_only, limits=limits)
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(share.close)
             listeners = (
                 [] if options.socket is None else [UnixSocket(options.socket, socket.SOCK_STREAM, setting="--socket")]
             )
-        except ConfigError:
-            share.close()
-            raise
-        asyncio.run(_run(FileServer(share, listeners), options))
+            connected = None if options.serve_fd is None else _connected(options.serve_fd)
+            stack.pop_all()
+        asyncio.run(_run(FileServer(share, listeners), connected, options))
     except NetstackError as error:
         print(f"vm.filesystems.ninep: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _connected(fd: int) -> socket.socket:
+    try:
+        sock = socket.socket(fileno=fd)
+        sock.getpeername()
+    except OSError as error:
+        raise ConfigError(f"--serve-fd: {fd}: {error.strerror}; it must be a connected stream socket") from None
+    return sock
 
 
 def _more_descriptors() -> None:
@@ -76,22 +85,15 @@ def _more_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-async def _run(server: FileServer, options: argparse.Namespace) -> None:
+async def _run(server: FileServer, connected: socket.socket | None, options: argparse.Namespace) -> None:
     over = asyncio.Event()
     async with server, asyncio.TaskGroup() as group:
-        if options.serve_fd is not None:
-            serving = group.create_task(_serve_one(server, options.serve_fd))
+        serving = None if connected is None else group.create_task(server.serve(connected))
+        if serving is not None:
             serving.add_done_callback(lambda _: over.set())
         await sidecar.until_told(options, server.describe, over)
-        if options.serve_fd is not None:
+        if serving is not None:
             serving.cancel()
-
-
-async def _serve_one(server: FileServer, fd: int) -> None:
-    try:
-        await server.serve_fd(fd)
-    except OSError as error:
-        log.error("--serve-fd: %d: %s; it must be a connected stream socket", fd, error.strerror)
 
 
 if __name__ == "__main__":

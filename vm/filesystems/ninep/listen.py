@@ -1,7 +1,7 @@
 """The server of one folder: listening sockets, connections, threads, and their end.
 
     async with FileServer(Share(Path("/home/me/src"), parse_owner("mapped")), [socket]) as server:
-        await server.serve(connected)       # a connection that came otherwise, until it ends
+        await server.serve(connected)       # a connection that came otherwise (`socket.socket(fileno=fd)`), until it ends
 
 Any number of these can be in one process: each has threads of its own, so that none waits for another's disk.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Self
 
 from netstack.link.listening import UnixSocket
@@ -38,7 +38,8 @@ class FileServer:
         self.share = share
         self._listeners = listeners
         self._acceptors: list[Acceptor] = []
-        self._connections: set[Connection] = set()
+        self._connections: dict[Connection, Callable[[], None]] = {}
+        """And what is to be called when one is gone."""
         self._none_left = asyncio.Event()
         self._none_left.set()
         self._pool: Pool
@@ -68,6 +69,8 @@ class FileServer:
                 await self._none_left.wait()
         except TimeoutError:
             log.warning("9p: %d connections wait for the host's file system, and are left", len(self._connections))
+            for end in list(self._connections.values()):
+                end()
         else:
             self.share.close()
         self._pool.close()
@@ -83,12 +86,12 @@ class FileServer:
 
         def end() -> None:
             ended.set()
-            self._connections.discard(connection)
+            self._connections.pop(connection, None)
             if not self._connections:
                 self._none_left.set()
 
         connection = Connection(self.share, self._pool, end)
-        self._connections.add(connection)
+        self._connections[connection] = end
         self._none_left.clear()
         try:
             sock.setblocking(False)
@@ -100,10 +103,6 @@ class FileServer:
         finally:
             connection.close()
             sock.close()
-
-    async def serve_fd(self, fd: int) -> None:
-        """`serve` the connected stream socket that the descriptor is."""
-        await self.serve(socket.socket(fileno=fd))
 
     def describe(self) -> dict[str, Any]:
         """Counters, for people."""

@@ -30,6 +30,7 @@ class Pool:
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._loop = asyncio.get_running_loop()
+        self._closed = False
         self.pending = 0
         """Jobs that were given and not finished."""
         self.contained = 0
@@ -63,6 +64,8 @@ class Pool:
             self._threads.append(thread)
             thread.start()
         self._jobs.put(job)
+        if self._closed:  # what is left to do when a call came back after all
+            self._jobs.put(None)
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -71,8 +74,10 @@ class Pool:
 
     def close(self) -> None:
         """Threads end when their jobs do; who is stuck in the host's kernel is left there."""
-        for _ in self._threads:
+        self._closed = True
+        threads, self._threads = self._threads, []
+        for _ in threads:
             self._jobs.put(None)
         if not self.pending:
-            for thread in self._threads:
+            for thread in threads:
                 thread.join(JOIN_S)

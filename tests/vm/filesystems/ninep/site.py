@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from tests.support.ninep_client import Client
 from vm.filesystems.ninep.limits import Limits
@@ -19,10 +20,18 @@ from vm.filesystems.ninep.share import Share
 class Site:
     """`export` served as `owner` says; clients are connected by socket pairs."""
 
-    def __init__(self, export: Path, owner: str, *, read_only: bool = False, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        export: Path,
+        owner: str,
+        *,
+        read_only: bool = False,
+        limits: Limits | None = None,
+        listeners: Sequence[socket.socket] = (),
+    ) -> None:
         self.export = export
         share = Share(export, parse_owner(owner), read_only=read_only, limits=limits)
-        self.server = FileServer(share)
+        self.server = FileServer(share, listeners)
         self.loop = asyncio.new_event_loop()
         self._ready, self._over = threading.Event(), asyncio.Event()
         self._clients: list[Client] = []
@@ -60,10 +69,9 @@ class Site:
 
 
 @contextlib.contextmanager
-def site(
-    export: Path, owner: str = "passthrough", *, read_only: bool = False, limits: Limits | None = None
-) -> Iterator[Site]:
-    made = Site(export, owner, read_only=read_only, limits=limits)
+def site(export: Path, owner: str = "passthrough", **how: Any) -> Iterator[Site]:
+    """A `Site`, closed afterwards."""
+    made = Site(export, owner, **how)
     try:
         yield made
     finally:
