@@ -504,7 +504,7 @@ class _Judge:
                 if check_publish is not None:
                     check_publish(spec)
             except ConfigError as error:
-                self._complaints.add(self._at("publish", number), f"publish: {error}")
+                self._complaints.add(self._at("publish", number), f"publish: {str(error).removeprefix('publish: ')}")
 
 
 def tag_of(share: ShareSettings, number: int) -> str:

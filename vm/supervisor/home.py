@@ -189,13 +189,13 @@ class Home:
         self.sweep()
         return [path.stem for path in left]
 
-    def sweep(self) -> None:
-        """Remove sockets and the console's link, when nobody runs."""
+    def sweep(self, *, served: Path | None = None) -> None:
+        """Remove sockets and the console's link, when nobody runs; all but one that is `served`."""
         for directory in (self.path, self.path / "vsock"):
             for path in _entries(directory):
                 with contextlib.suppress(OSError):
                     mode = os.lstat(path).st_mode
-                    if stat.S_ISSOCK(mode) or (stat.S_ISLNK(mode) and path.name != "lock"):
+                    if path != served and (stat.S_ISSOCK(mode) or stat.S_ISLNK(mode)):
                         path.unlink()
 
 

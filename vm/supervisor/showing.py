@@ -50,12 +50,12 @@ def lines(settings: VmSettings, design: Design) -> Iterator[str]:
             yield f"\n# made where absent: {disk.path} ({disk.size >> 20} MiB, {disk.format})"
     before = [one for one in (design.network, *design.sidecars) if one is not None and not one.after_machine]
     for one in before:
-        yield from _words(one)
+        yield from _words(one, "" if one is not design.network or design.rejoins else ", and the machine with it")
     yield "\n# the machine"
     yield _command(plan.argv, plan.env)
     for one in design.sidecars:
         if one.after_machine:
-            yield from _words(one)
+            yield from _words(one, "")
     if plan.rest:
         yield "\n# then told"
         for call in plan.rest:
@@ -77,8 +77,8 @@ _LOST = {
 }
 
 
-def _words(one: Sidecar) -> Iterator[str]:
-    yield f"\n# {one.name}: {_LOST[one.lost]}"
+def _words(one: Sidecar, more: str) -> Iterator[str]:
+    yield f"\n# {one.name}: {_LOST[one.lost]}{more}"
     yield _command(one.argv, one.env)
 
 

@@ -185,7 +185,7 @@ class Supervisor:
         finally:
             await asyncio.gather(*self._tasks, return_exceptions=True)
             await self._network_down()
-            self.home.sweep()
+            self.home.sweep(served=self.home.state.control)
             if self.state not in ENDS:
                 self.state, self.reason = State.FAILED, "the supervisor failed; its log says how"
             self.home.write("result", {"state": self.state.value, "reason": self.reason, "since": time.time()})

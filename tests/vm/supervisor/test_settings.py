@@ -82,7 +82,21 @@ stopp: 1
 """
     found = complaints(text)
     places = [line.split(": ")[0].rpartition("vm.yml:")[2] for line in found]
-    assert places == ["1:7", "2:28", "3:7", "4:9", "5:7", "6:17", "6:29", "8:25", "9:5", "10:11", "11:8", "12:20", "13:1"]
+    assert places == [
+        "1:7",
+        "2:28",
+        "3:7",
+        "4:9",
+        "5:7",
+        "6:17",
+        "6:29",
+        "8:25",
+        "9:5",
+        "10:11",
+        "11:8",
+        "12:20",
+        "13:1",
+    ]
     said = "\n".join(found)
     assert "did you mean 'accel'?" in said
     assert "did you mean 'vhost-user'?" in said
