@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vm.linuxkit.load import load
 from vm.linuxkit.schema import Image, LinuxKit
@@ -117,6 +119,23 @@ def test_a_command_line_that_its_program_refuses_is_a_complaint_at_its_service(c
     assert first.startswith("a.yml:2:5: services (one): ")
     assert second.startswith("a.yml:3:5: services (two): ")
     assert complaint in first
+
+
+WORDS = st.sampled_from(
+    "sh -c vsudd vpnkit-forwarder pyvpnkit forwarder -inport -port= -data-listen -control 1:unix:/x 9 2/9 / ; && ' -- - =".split()
+)
+
+
+@settings(deadline=None)
+@given(st.lists(WORDS | st.text(max_size=6), max_size=8), st.booleans())
+def test_any_command_line_is_a_table_or_complaints(words: list[str], in_shell: bool) -> None:
+    command = ["sh", "-c", " ".join(words)] if in_shell else words
+    try:
+        table = derive(LinuxKit(services=(Image(name="one", image="i", command=tuple(command)),)))
+    except ConfigErrors as error:
+        assert error.complaints
+    else:
+        check(table, {"docker": 9, "mine": 9})
 
 
 def test_ports_of_vm_yml_that_fit_are_no_complaint() -> None:
