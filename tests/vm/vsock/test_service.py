@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import socket
 import stat
@@ -254,6 +255,29 @@ async def test_a_service_whose_queue_stays_full_is_refused(at: Path, monkeypatch
             socks = [there.guest.connect(SERVICE) for _ in range(4)]
             await there.until(lambda: sum(sock.state == "refused" for sock in socks) >= 2)
             assert sum(sock.state == "open" for sock in socks) >= 1
+
+
+async def test_without_descriptors_the_guest_is_refused_and_the_rest_goes_on(at: Path) -> None:
+    async with both(at) as (service, there):
+        streams = await dial(at / "v" / "connect", b"00000003.00000948\n")
+        open_one = await there.accepted()
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(at / "v" / "vsock_4098"))
+            listener.listen()
+            limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+            free = os.dup(0)
+            os.close(free)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+            try:
+                sock = there.guest.connect(SERVICE)
+                await there.until(lambda: sock.state == "refused")
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            again = there.guest.connect(SERVICE)
+            await there.until(lambda: again.state == "open")
+        open_one.send(b"octets")
+        open_one.close()
+        assert await end_of(streams) == b"octets" and service.contained == 0
 
 
 # Sockets.
