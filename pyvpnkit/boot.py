@@ -13,20 +13,21 @@ The initramfs is written anew each time. `init` (below) loads the modules, takes
 from __future__ import annotations
 
 import contextlib
-import itertools
-import lzma
 import os
 import platform
-import re
 import shutil
-import subprocess
+import stat
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from netstack.errors import HostError
+from netstack.errors import ConfigError, HostError
+from vm.build import archive, cpio, debian, kernel
+from vm.build.debian import Wanted
+from vm.build.tree import Entry, Tree
+from vm.linuxkit.schema import Kernel
 
 PACKAGES: Final = ("busybox-static", "ethtool", "libmnl0", "libc6")
 PROGRAMS: Final = {
@@ -38,7 +39,6 @@ PROGRAMS: Final = {
     "libmnl.so.0": "lib/x86_64-linux-gnu/libmnl.so.0",
 }
 """What is kept of the packages besides the kernel, and where the machine has it."""
-DOWNLOAD_S: Final = 300
 
 INIT: Final = """\
 #!/bin/busybox sh
@@ -109,8 +109,8 @@ def downloaded(at: Path, kind: Kind = SMALL) -> bool:
 
 
 def parts(directory: Path, at: Path, kind: Kind = SMALL, added: Iterable[tuple[str, int, bytes]] = ()) -> Parts:
-    """The kernel, kept in the cache `at`, and an initramfs in `directory`, with files `added` as for `newc`. Raises `HostError`
-    where there is none to be had."""
+    """The kernel, kept in the cache `at`, and an initramfs in `directory`, with files `added` (path, mode, octets). Raises
+    `HostError` where there is none to be had."""
     stored = at / kind.stored
     if not downloaded(at, kind):
         if platform.system() != "Linux" or platform.machine() != "x86_64":
@@ -125,114 +125,63 @@ def parts(directory: Path, at: Path, kind: Kind = SMALL, added: Iterable[tuple[s
             with contextlib.suppress(OSError):  # somebody else was first
                 made.rename(stored)
     order = (stored / "order").read_text().split()
-    folders = "bin dev etc lib lib/x86_64-linux-gnu lib64 modules proc run sys tmp www".split()
-    files = [(name, 0o040755, b"") for name in folders]
-    files += [
-        ("init", 0o100755, INIT.encode()),
-        ("etc/udhcpc.script", 0o100755, UDHCPC_SCRIPT.read_bytes()),
-        ("modules/order", 0o100644, "\n".join(order).encode()),
-    ]
-    files += [(where, 0o100755, (stored / name).read_bytes()) for name, where in PROGRAMS.items()]
-    files += [(f"modules/{name}", 0o100644, (stored / name).read_bytes()) for name in order]
-    files += [*_tree(stored / "tree", set(folders)), *added]
+    tree = Tree()
+    for name in "bin dev etc lib lib/x86_64-linux-gnu lib64 modules proc run sys tmp www".split():
+        tree.directory(name)
+    tree.file("init", INIT, 0o755)
+    tree.file("etc/udhcpc.script", UDHCPC_SCRIPT.read_bytes(), 0o755)
+    tree.file("modules/order", "\n".join(order))
+    for name, where in PROGRAMS.items():
+        tree.add(where, _entry(stored / name, 0o755))
+    for name in order:
+        tree.add(f"modules/{name}", _entry(stored / name, 0o644))
+    for path in sorted((stored / "tree").rglob("*")):
+        if not path.is_dir():
+            tree.add(str(path.relative_to(stored / "tree")), _entry(path, 0o755))
+    for name, mode, octets in added:
+        tree.add(name, Entry(mode=mode, content=octets))
     initrd = directory / "initrd.cpio"
-    initrd.write_bytes(b"".join(newc(files)))
+    cpio.write(tree, initrd)
     return Parts(stored / "vmlinuz", initrd)
 
 
-def _tree(root: Path, there: set[str]) -> Iterator[tuple[str, int, bytes]]:
-    """All below `root`, each directory before what is in it, without those that are `there`."""
-    for path in sorted(root.rglob("*")):
-        name = str(path.relative_to(root))
-        if not path.is_dir():
-            yield name, 0o100755, path.read_bytes()
-        elif name not in there:
-            yield name, 0o040755, b""
+def _entry(path: Path, mode: int) -> Entry:
+    return Entry(mode=stat.S_IFREG | mode, content=archive.whole(path))
 
 
 def _store(scratch: Path, kind: Kind) -> Path:
     """Download and unpack in `scratch`; the directory of what is worth keeping."""
-    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
+    if shutil.which("apt-get") is None:
         raise NotHere("the kernel comes by apt, and there is none here")
-    names = [_newest_kernel(kind.kernel), *PACKAGES, *kind.packages]
-    if _apt("apt-get", "download", *names, cwd=scratch) is None and (
-        _apt("apt-get", "update") is None or _apt("apt-get", "download", *names, cwd=scratch) is None
-    ):
-        raise HostError(
-            f"could not be downloaded: {' '.join(names)}; is there a network, and a recent `apt-get update`?"
-        )
-    tree, kept = scratch / "tree", scratch / "machine"
-    for package in scratch.glob("*.deb"):
-        subprocess.run(["dpkg-deb", "-x", str(package), str(tree)], check=True)
+    cache, kept = archive.Cache(scratch), scratch / "machine"
+    try:
+        tree = debian.tree(Wanted((kind.kernel, *PACKAGES, *kind.packages), only="linux-image-"), cache)
+        picked = kernel.pick_from(tree, Kernel(image=kind.kernel), kind.modules, cache)
+    except ConfigError as error:
+        raise NotHere(f"this distribution has another kernel: {error}") from None
     kept.mkdir()
-    order: list[str] = []
-    for name in kind.modules:
-        _keep(name, tree, kept, order)
-    (kept / "order").write_text("\n".join(order))
+    modules = f"lib/modules/{picked.release}"
+    load = [f"{modules}/{path}" for path in _found(picked.modules, f"{modules}/load").read().decode().split()]
+    for path in load:
+        cpio.replaced(kept / Path(path).name, _found(picked.modules, path).chunks())
+    (kept / "order").write_text("\n".join(Path(path).name for path in load))
+    names = [path for path, entry in tree.walk() if not entry.is_dir()]
     for name in PROGRAMS:
         # A link to a file beside it, for libraries; what only has the name (of a directory, of completions) is smaller.
-        found = [path for path in tree.rglob(name) if path.is_file()]
-        shutil.copy(max(found, key=lambda path: path.stat().st_size), kept / name)
-    for name in kind.files:
-        source, target = tree / name, kept / "tree" / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if source.is_dir():
-            shutil.copytree(source, target)
-        else:
-            shutil.copy(source, target)
-    shutil.copy(next(tree.glob("boot/vmlinuz-*")), kept / "vmlinuz")
+        found = [
+            entry for path in names if path.rpartition("/")[2] == name and (entry := tree.get(path)) and entry.is_file()
+        ]
+        cpio.replaced(kept / name, max(found, key=lambda entry: entry.size).chunks())
+    for path in names:
+        if path.startswith(tuple(f"{name}/" for name in kind.files)) or path in kind.files:
+            (kept / "tree" / path).parent.mkdir(parents=True, exist_ok=True)
+            cpio.replaced(kept / "tree" / path, _found(tree, path).chunks())
+    cpio.replaced(kept / "vmlinuz", picked.binary.chunks())
     return kept
 
 
-def _newest_kernel(package: str) -> str:
-    """The name of the package that has the kernel in it which `package` depends on."""
-    words = ("apt-cache", "depends", package)
-    said = _apt(*words)
-    if said is None:
-        if _apt("apt-get", "update") is None:
-            raise HostError(f"{package} is unknown to apt, and `apt-get update` failed; run it as root")
-        said = _apt(*words)
-    found = re.search(r"Depends: (linux-image-\S+)", said or "")
-    if found is None:
-        raise NotHere(f"this distribution has no {package}")
-    return found[1]
-
-
-def _apt(*words: str, cwd: Path | None = None) -> str | None:
-    """What it said, or None where it failed."""
-    command = [words[0], "-q", "-o", "APT::Sandbox::User=root", *words[1:]]
-    environment = {**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
-    try:
-        done = subprocess.run(
-            command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=DOWNLOAD_S, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return None
-    return done.stdout if done.returncode == 0 else None
-
-
-def _keep(name: str, tree: Path, kept: Path, order: list[str]) -> None:
-    """Module `name` and, before it, all that it depends on; one that is not there is part of the kernel."""
-    spelling = re.sub("[-_]", "[-_]", name)
-    found = next(tree.rglob(f"{spelling}.ko*"), None)
-    if found is None or f"{name}.ko" in order:
-        return
-    octets = lzma.decompress(found.read_bytes()) if found.suffix == ".xz" else found.read_bytes()
-    if not octets.startswith(b"\x7fELF"):
-        raise HostError(f"{found.name}: neither a module nor one in an .xz; this kernel is too new for us")
-    depends = re.search(rb"\0depends=([^\0]*)\0", octets)
-    for other in depends[1].decode().split(",") if depends else ():
-        if other:
-            _keep(other, tree, kept, order)
-    (kept / f"{name}.ko").write_bytes(octets)
-    order.append(f"{name}.ko")
-
-
-def newc(files: Iterable[tuple[str, int, bytes]]) -> Iterator[bytes]:
-    """A cpio archive ("newc") of `(name, mode, octets)`: what Linux unpacks as its first file system."""
-    for number, (name, mode, octets) in enumerate(itertools.chain(files, [("TRAILER!!!", 0, b"")]), 1):
-        # inode, mode, uid, gid, links, mtime, size, device, device of a node, length of the name with its NUL, sum
-        fields = (number, mode, 0, 0, 1, 0, len(octets), 0, 0, 0, 0, len(name) + 1, 0)
-        head = b"070701" + b"".join(b"%08x" % field for field in fields) + name.encode() + b"\0"
-        yield head.ljust(-len(head) % 4 + len(head), b"\0")
-        yield octets.ljust(-len(octets) % 4 + len(octets), b"\0")
+def _found(tree: Tree, path: str) -> Entry:
+    entry = tree.get(path)
+    if entry is None or not entry.is_file():
+        raise HostError(f"{path}: is not in the packages that it comes from")
+    return entry

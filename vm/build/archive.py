@@ -99,10 +99,10 @@ class Cache:
 
     directory: Path
 
-    def keep(self, name: str, fill: Callable[[BinaryIO], None]) -> Path:
-        """The file `name`, which `fill` writes if it is not there. Raises `HostError` where nothing can be kept."""
+    def keep(self, name: str, fill: Callable[[BinaryIO], None], *, anew: bool = False) -> Path:
+        """The file `name`, which `fill` writes if it is not there, or `anew`. Raises `HostError` where nothing can be kept."""
         path = self.directory / name
-        if path.exists():
+        if path.exists() and not anew:
             return path
         with self.scratch() as scratch:
             made = scratch / "file"

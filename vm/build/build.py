@@ -32,8 +32,8 @@ class Built:
 
 
 def default_cache() -> Path:
-    """Where downloads are kept: `$XDG_CACHE_HOME/pyvpnkit`, or `~/.cache/pyvpnkit`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyvpnkit"
+    """Where downloads are kept: `$XDG_CACHE_HOME/pyvpnkit/build`, or `~/.cache/pyvpnkit/build`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyvpnkit" / "build"
 
 
 def build(

@@ -81,24 +81,43 @@ def tree(wanted: Wanted, cache: Cache) -> Tree:
     """The packages and what they depend on, unpacked over each other. Raises `ConfigError` and `HostError`."""
     made = Tree()
     skip = functools.partial(_matches, patterns=(*UNWANTED, *wanted.skip))
-    packages = resolve(wanted, cache)
-    for package, deb in zip(packages, fetch(packages, cache), strict=True):
+    for package, deb in packages(wanted, cache):
         what = f"deb:{package.name}"
-        part = data(deb, what)
         # By the digest of the whole package, which is known already.
-        unpack(plain(part, cache, what, f"{package.sha256}.deb"), made, what, skip=skip)
+        unpack(plain(data(deb, what), cache, what, f"{package.sha256}.deb"), made, what, skip=skip)
     return made
 
 
-def resolve(wanted: Wanted, cache: Cache) -> tuple[Package, ...]:
-    """The packages, sorted by name. From the cache, if the same was asked for before."""
+def packages(wanted: Wanted, cache: Cache) -> list[tuple[Package, Path]]:
+    """The packages and what they depend on, sorted by name, each with its .deb in the cache.
+
+    Where apt does not know one, or cannot get it any more, its lists are brought up to date first, if that may be done.
+    """
+    try:
+        found = resolve(wanted, cache)
+        return list(zip(found, fetch(found, cache), strict=True))
+    except (ConfigError, HostError):
+        try:
+            _apt("apt-get", "update")
+        except HostError:
+            updated = False
+        else:
+            updated = True
+        if not updated:
+            raise
+    found = resolve(wanted, cache, anew=True)
+    return list(zip(found, fetch(found, cache), strict=True))
+
+
+def resolve(wanted: Wanted, cache: Cache, *, anew: bool = False) -> tuple[Package, ...]:
+    """The packages, sorted by name. From the cache, if the same was asked for before and it is not to be done `anew`."""
     key = json.dumps([sorted(wanted.packages), sorted(wanted.without), wanted.only])
 
     def fill(out: Any) -> None:
         found = _closure(wanted)
         out.write(json.dumps([[one.name, one.version, one.sha256] for one in found]).encode())
 
-    path = cache.keep(f"resolved/{hashlib.sha256(key.encode()).hexdigest()}.json", fill)
+    path = cache.keep(f"resolved/{hashlib.sha256(key.encode()).hexdigest()}.json", fill, anew=anew)
     return tuple(Package(*fields) for fields in json.loads(path.read_text()))
 
 
@@ -193,9 +212,6 @@ def _alternatives(fields: Mapping[str, str]) -> list[list[str]]:
 def _show(names: Sequence[str]) -> dict[str, dict[str, str]]:
     """What apt has of these, by name: each one's newest version, unless `NAME=VERSION` says which."""
     said = _apt("apt-cache", "show", "--no-all-versions", *names, check=False)
-    if not said and not _apt("apt-cache", "dumpavail", check=False)[:1]:
-        _apt("apt-get", "update")
-        said = _apt("apt-cache", "show", "--no-all-versions", *names, check=False)
     shown: dict[str, dict[str, str]] = {}
     for paragraph in said.split("\n\n"):
         lines = (line.partition(": ") for line in paragraph.splitlines() if not line.startswith(" "))

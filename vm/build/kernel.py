@@ -83,23 +83,23 @@ def pick(wanted: Kernel, sources: Sources) -> Picked:
         sources.progress(reference)
         return from_package(reference.removeprefix("deb:"), modules, sources.cache)
     tree = sources.image(reference).tree
-    return _pick(tree, wanted, modules, sources.cache)
+    return pick_from(tree, wanted, modules, sources.cache)
 
 
 def from_package(package: str, modules: tuple[str, ...], cache: Cache) -> Picked:
     """Of a Debian package `linux-image-*`, or of the one that it depends on. What is picked is kept; 0.4 GB are not."""
     choice = replace(debian.Wanted.parse(package), only="linux-image-")
-    packages = debian.resolve(choice, cache)
-    digests = [one.sha256 for one in packages]
+    packages = debian.packages(choice, cache)
+    digests = [one.sha256 for one, _ in packages]
     key = hashlib.sha256(json.dumps([_FORMAT, digests, modules, LOADED, KEPT]).encode()).hexdigest()
     kept = cache.directory / "kernel" / key
     if not kept.is_dir():
         with cache.scratch() as scratch:
             tree = Tree()
-            for one, deb in zip(packages, debian.fetch(packages, cache), strict=True):
+            for one, deb in packages:
                 what = f"deb:{one.name}"
                 unpack(plain(debian.data(deb, what), Cache(scratch), what, one.sha256), tree, what)
-            picked = _pick(tree, Kernel(image=f"deb:{package}"), modules, cache)
+            picked = pick_from(tree, Kernel(image=f"deb:{package}"), modules, cache)
             _store(picked, scratch / "picked")
             cache.move(scratch / "picked", f"kernel/{key}")
     tree = Tree()
@@ -124,7 +124,8 @@ def _file(path: Path) -> Entry:
     return Entry(mode=stat.S_IFREG | 0o644, content=whole(path))
 
 
-def _pick(tree: Tree, wanted: Kernel, modules: tuple[str, ...], cache: Cache) -> Picked:
+def pick_from(tree: Tree, wanted: Kernel, modules: tuple[str, ...], cache: Cache) -> Picked:
+    """The kernel in a tree, with the modules that are named, or those that a virtual machine wants. Raises `ConfigError`."""
     binary = tree.get(wanted.binary or "kernel")
     if binary is None and wanted.binary is None:
         found = [entry for path, entry in tree.walk() if re.fullmatch(r"boot/vmlinuz-[^/]+", path) and entry.is_file()]
