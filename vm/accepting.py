@@ -9,7 +9,6 @@ connection only: `OSError` and our own errors are how peers go away, and anythin
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import logging
 import os
@@ -28,7 +27,7 @@ LIMIT: Final = 256
 REST_S: Final = 0.1
 
 Serve = Callable[[socket.socket], Awaitable[None]]
-"""Serves a connected, non-blocking socket, which is its own: closed by it."""
+"""Serves a connected, non-blocking socket, which is closed afterwards."""
 
 _EXHAUSTED: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -77,7 +76,10 @@ class Acceptor:
         self._limit = limit
         self._admit = admit
         self._connections: set[asyncio.Task[None]] = set()
-        self._task = asyncio.create_task(self._run())
+        self._resting: asyncio.TimerHandle | None = None
+        self._loop = asyncio.get_running_loop()
+        listener.setblocking(False)
+        self._loop.add_reader(listener, self._come)
 
     def __len__(self) -> int:
         """Connections there are now."""
@@ -85,43 +87,53 @@ class Acceptor:
 
     async def close(self) -> None:
         """No more are accepted, and those there are end now. Harmless when repeated."""
-        tasks = [self._task, *self._connections]
+        if self._resting is not None:
+            self._resting.cancel()
+        if self._listener.fileno() >= 0:
+            self._loop.remove_reader(self._listener)
+            self._listener.close()
+        tasks = tuple(self._connections)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._listener.close()
 
-    async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                sock, _ = await loop.sock_accept(self._listener)
-            except OSError as error:
-                if error.errno in _EXHAUSTED:
-                    log.warning("%s: %s; no connection is accepted for a moment", self._name, error.strerror)
-                await asyncio.sleep(REST_S)
-                continue
-            if len(self._connections) >= self._limit:
-                self.counts.over_limit += 1
-                sock.close()
-            elif not self._admit(sock):
-                self.counts.strangers += 1
-                log.warning("%s: a caller was turned away: it is none of this user's programs", self._name)
-                sock.close()
-            else:
-                self.counts.accepted += 1
-                task = asyncio.create_task(self._contain(sock))
-                self._connections.add(task)
-                task.add_done_callback(self._connections.discard)
+    def _come(self) -> None:
+        # Not by `sock_accept`: whoever cancels that just then loses the socket.
+        try:
+            sock, _ = self._listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return  # the caller has gone again
+        except OSError as error:
+            if error.errno in _EXHAUSTED:
+                log.warning("%s: %s; no connection is accepted for a moment", self._name, error.strerror)
+            self._loop.remove_reader(self._listener)
+            self._resting = self._loop.call_later(REST_S, self._loop.add_reader, self._listener, self._come)
+            return
+        sock.setblocking(False)
+        if len(self._connections) >= self._limit:
+            self.counts.over_limit += 1
+            sock.close()
+        elif not self._admit(sock):
+            self.counts.strangers += 1
+            log.warning("%s: a caller was turned away: it is none of this user's programs", self._name)
+            sock.close()
+        else:
+            self.counts.accepted += 1
+            task = asyncio.create_task(self._contain(sock))
+            self._connections.add(task)
+            task.add_done_callback(lambda done: self._over(done, sock))
+
+    def _over(self, task: asyncio.Task[None], sock: socket.socket) -> None:
+        self._connections.discard(task)
+        sock.close()  # of one, too, that ended before it began
 
     async def _contain(self, sock: socket.socket) -> None:
-        with contextlib.closing(sock):
-            try:
-                await self._serve(sock)
-            except (OSError, NetstackError, asyncio.IncompleteReadError) as error:
-                self.counts.failed += 1
-                log.debug("%s: a connection ended: %s", self._name, error)
-            except Exception:
-                if not self.counts.contained:
-                    log.exception("%s: a connection failed; further failures are only counted", self._name)
-                self.counts.contained += 1
+        try:
+            await self._serve(sock)
+        except (OSError, NetstackError, asyncio.IncompleteReadError) as error:
+            self.counts.failed += 1
+            log.debug("%s: a connection ended: %s", self._name, error)
+        except Exception:
+            if not self.counts.contained:
+                log.exception("%s: a connection failed; further failures are only counted", self._name)
+            self.counts.contained += 1

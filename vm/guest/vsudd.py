@@ -117,8 +117,8 @@ class Vsudd:
 
     def _take(self, peer: socket.socket, path: str) -> None:
         if not self._room.acquire(blocking=False):
-            peer.close()
             self.over_limit += 1
+            peer.close()
             self._say("too many connections; some are closed")
             return
         self.accepted += 1

@@ -129,6 +129,8 @@ def serving(handler: Handler) -> Serve:
             await writer.wait_closed()
         except BaseException:
             writer.transport.abort()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
             raise
 
     return serve

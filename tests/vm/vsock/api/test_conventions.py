@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
+import gc
 import os
+import resource
 import socket
 import stat
 import tempfile
@@ -327,6 +330,41 @@ async def test_a_guest_that_dials_without_end_is_closed_beyond_the_limit(directo
         await reader.read()
         writer.close()
         await writer.wait_closed()
+
+
+@pytest.mark.parametrize("turns", range(8))
+async def test_a_connection_that_comes_as_the_end_does_is_closed(directory: Path, turns: int) -> None:
+    server = await HyperKitVsock(directory, 3).listen(SERVED, backwards)
+    with socket.socket(socket.AF_UNIX) as guest:
+        guest.connect(str(directory / f"00000002.{SERVED:08x}"))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await server.close()
+        await server.close()
+        guest.settimeout(LIMIT_S)
+        with contextlib.suppress(ConnectionResetError):
+            assert guest.recv(1) == b""
+    gc.collect()  # a socket that was lost would be complained of here
+
+
+async def test_no_descriptor_left_is_waited_for(directory: Path) -> None:
+    async def welcome(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"in")
+
+    server = await HyperKitVsock(directory, 3).listen(SERVED, welcome)
+    with socket.socket(socket.AF_UNIX) as guest:
+        guest.setblocking(False)
+        before = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (guest.fileno() + 1, before[1]))
+        try:
+            guest.connect(str(directory / f"00000002.{SERVED:08x}"))
+            for _ in range(5):
+                await asyncio.sleep(0)
+            assert server.counts.accepted == 0
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        assert await asyncio.wait_for(asyncio.get_running_loop().sock_recv(guest, 2), LIMIT_S) == b"in"
+    await server.close()
 
 
 async def test_another_machine_of_the_host_is_turned_away(directory: Path) -> None:
