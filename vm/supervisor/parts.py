@@ -93,11 +93,14 @@ class Part:
             raise await ended(process)
 
     async def wait(self) -> str:
-        """Until it has ended; how, in words. Without end where it does not run."""
+        """Until it has ended; how, in a line with the last that it said. Without end where it does not run."""
         if self._process is None:
             await asyncio.Event().wait()
         assert self._process is not None
-        return str(await ended(self._process))
+        how, *said = str(await ended(self._process)).splitlines()
+        how = how.removeprefix(f"{self._process.name} ").rstrip(":")
+        # Who was killed from outside said nothing about it.
+        return f"{how}: {said[-1]}" if said and not how.endswith(("SIGKILL", "SIGTERM")) else how
 
     async def stop(self) -> None:
         """Harmless when repeated."""

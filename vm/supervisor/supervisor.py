@@ -442,7 +442,15 @@ class Supervisor:
         # Of a supervisor that was killed.
         await self.published.withdraw()
         self._network_watch = Watch(
-            part, self.settings.restart, self.journal, self.degraded, lost=self._network_lost, back=self._network_back
+            part,
+            self.settings.restart,
+            self.journal,
+            self.degraded,
+            lost=self._network_lost,
+            back=self._network_back,
+            means=""
+            if self.design.rejoins
+            else "it is started again, and then the machine, which cannot join it again",
         )
 
     def _network_lost(self, text: str) -> None:
@@ -451,10 +459,10 @@ class Supervisor:
 
     async def _network_back(self) -> None:
         """It was away. Whose guest cannot come back to it goes down, and comes up again with it."""
-        if self.state is State.READY:
-            await self.published.publish(self.settings.publish)
         if not self.design.rejoins and self._machine is not None:
             self._end(Cause.LOST, f"the network was lost, and {self._driver.name} cannot join it again")
+        elif self.state is State.READY:
+            await self.published.publish(self.settings.publish)
 
     async def _network_down(self) -> None:
         watch, self._network_watch = self._network_watch, None

@@ -30,15 +30,17 @@ class Watch:
         *,
         lost: Callable[[str], None],
         back: Callable[[], Awaitable[None]] | None = None,
+        means: str = "",
     ) -> None:
         """`lost` is called when the machine cannot go on without it, `back` after each restart. `degraded` has those that are away,
-        by name, and why."""
+        by name, and why. `means` is said of its loss instead of what its `Lost` says."""
         self._part = part
         self._settings = settings
         self._journal = journal
         self._degraded = degraded
         self._lost = lost
         self._back = back
+        self._means = means or part.sidecar.lost.value
         self._task = asyncio.create_task(self._run(), name=f"watch {part.name}")
 
     async def close(self) -> None:
@@ -56,7 +58,7 @@ class Watch:
             await part.stop()  # what is left of it
             failures = 1 if loop.time() - began >= self._settings.stable_s else failures + 1
             self._degraded[part.name] = how
-            self._journal.add("lost", f"{part.name}: {how}: {kind.value}", level=logging.WARNING, part=part.name)
+            self._journal.add("lost", f"{part.name}: {how}: {self._means}", level=logging.WARNING, part=part.name)
             if kind is Lost.STOPS_MACHINE:
                 self._lost(f"{part.name} was lost: {how}")
                 return
