@@ -67,32 +67,25 @@ class Qemu:
             log.warning("qemu: without KVM, which is several times as fast; %s", JOIN_KVM)
         with contextlib.suppress(FileExistsError):
             os.close(os.open(state.console_log, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
-        process = await spawn(plan.argv, plan.env, log=state.log(NAME), install=INSTALL)
-        try:
+        async with contextlib.AsyncExitStack() as undo:
+            process = await spawn(plan.argv, plan.env, log=state.log(NAME), install=INSTALL)
+            undo.push_async_callback(process.close)
             events = _Held()
-            qmp = await self._monitor(process, state.monitor, events)
-        except BaseException as error:
-            await process.close()
-            if isinstance(error, HostError):
+            try:
+                qmp = await self._monitor(process, state.monitor, events)
+            except HostError as error:
                 raise HostError(await _explained(str(error), plan.argv[0])) from None
-            raise
-        machine = None
-        try:
+            undo.push_async_callback(qmp.close)
             if qmp.version < OLDEST:
                 raise HostError(f"QEMU {_dotted(qmp.version)} is too old; 7.2 or later is needed")
             pty = _pty(await qmp.execute("query-chardev"))
             console = PtyConsole.linked(state.console, state.console_log, pty)
             machine = QemuMachine(process, qmp, console)
+            undo.push_async_callback(machine.close)
             events.hand_on(machine)
             await machine.begin()
-        except BaseException:
-            if machine is not None:
-                await machine.close()
-            else:
-                await qmp.close()
-                await process.close()
-            raise
-        return machine
+            undo.pop_all()
+            return machine
 
     async def _monitor(self, process: Process, path: Path, events: _Held) -> Qmp:
         """Raises `HostError` with what QEMU said when it ended, or is slow."""
@@ -130,8 +123,8 @@ class QemuMachine(ProcessMachine):
         try:
             await self._qmp.execute("cont")
         except HostError as error:
-            await asyncio.sleep(0)
-            raise HostError(f"{error}; it said: {self.process.said()}" if self.process.said() else str(error)) from None
+            said = self.process.said()
+            raise HostError(f"{error}; it said: {said}" if said else str(error)) from None
 
     async def pause(self) -> None:
         await self._qmp.execute("stop")
