@@ -1,22 +1,18 @@
-"""The command line of `pyvpnkit kube-forwarder`."""
+"""The command line of `pyvpnkit kube-forwarder`.
+
+What it takes to run is imported only then: every command's options are added whenever any is given.
+"""
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import contextlib
-import logging
-import signal
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from netstack.errors import ConfigError
-from portfwd.invm.ports import checked_ip
-from portfwd.invm.transport import FORMS, Address
-from pyvpnkit.commands.client import control_path
-from pyvpnkit.kube.cluster import Cluster, connect
-from pyvpnkit.kube.engine import ANNOTATION, ANY, Engine
-from pyvpnkit.kube.forwarder import RESYNC_S, ControlHost, Forwarder
-from pyvpnkit.values import seconds
+from pyvpnkit.kube.engine import ANNOTATION, ANY, RESYNC_S, Engine
+
+if TYPE_CHECKING:
+    from pyvpnkit.kube.forwarder import Forwarder
 
 HELP: Final = (
     "publish a Kubernetes cluster's NodePort and LoadBalancer Services on the host (VPNKit's kube-vpnkit-forwarder)"
@@ -36,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-path",
         "--path",
         metavar="ADDRESS",
-        help=f"of the host's control API: {FORMS}; without it the daemon's own control socket",
+        help="of the host's control API: PORT or CID/PORT (vsock), unix:PATH or a path, tcp:IP:PORT, fd:N; "
+        "without it the daemon's own control socket",
     )
     parser.add_argument(
         "--kubeconfig",
@@ -62,6 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Until SIGINT or SIGTERM; 0. Raises `ConfigError`."""
+    import asyncio
+    import logging
+
     forwarder = _forwarder(parsed)
     if not logging.getLogger().handlers:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -69,6 +69,13 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def _forwarder(parsed: argparse.Namespace) -> Forwarder:
+    from portfwd.invm.ports import checked_ip
+    from portfwd.invm.transport import Address
+    from pyvpnkit.commands.client import control_path
+    from pyvpnkit.kube.cluster import Cluster, connect
+    from pyvpnkit.kube.forwarder import ControlHost, Forwarder
+    from pyvpnkit.values import seconds
+
     # The path of the daemon's socket may look like a number; what is given is read as the tools in the VM do.
     address = Address.parse(parsed.control) if parsed.control else Address("unix", path=control_path(None))
     try:
@@ -87,6 +94,10 @@ def _forwarder(parsed: argparse.Namespace) -> Forwarder:
 
 
 async def _until_signal(forwarder: Forwarder) -> int:
+    import asyncio
+    import contextlib
+    import signal
+
     running = asyncio.ensure_future(forwarder.run())
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):

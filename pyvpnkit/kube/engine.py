@@ -23,6 +23,7 @@ from portfwd.invm.ports import Port
 from pyvpnkit.kube.services import Service
 
 ANNOTATION: Final = "vpnkit-k8s-controller"  # spec vpnkit 7.8
+RESYNC_S: Final = 30.0  # spec vpnkit 7.8
 ANY: Final = "0.0.0.0"
 LOCALHOST: Final = "localhost"
 TAKEN: Final = "PortTaken"

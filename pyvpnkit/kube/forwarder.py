@@ -23,11 +23,10 @@ from portfwd.invm.control import HttpControl
 from portfwd.invm.ports import Port
 from portfwd.invm.transport import Address
 from pyvpnkit.kube.cluster import Bookmark, Changed, Cluster, ClusterError, Deleted, Gone
-from pyvpnkit.kube.engine import Engine, Trouble, Want
+from pyvpnkit.kube.engine import RESYNC_S, Engine, Trouble, Want
 
 log = logging.getLogger("pyvpnkit.kube")
 
-RESYNC_S: Final = 30.0  # spec vpnkit 7.8
 FIRST_WAIT_S: Final = 1.0
 LAST_WAIT_S: Final = 30.0
 GATHER_S: Final = 0.05

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from netstack.errors import ConfigError
+from portfwd.invm.transport import FORMS
 from portfwd.vpnkit_api import routes
 from pyvpnkit.kube.command import EXAMPLES, HELP, add_arguments, run
 from tests.roof.kube.fake_api import FakeApi, api_server, service
@@ -29,7 +30,7 @@ sys.exit(run(parser.parse_args()))
 def parsed(*argv: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=HELP, epilog=EXAMPLES)
     add_arguments(parser)
-    assert "--kubeconfig FILE" in parser.format_help()
+    assert FORMS in " ".join(parser.format_help().split())
     return parser.parse_args(argv)
 
 
