@@ -5,6 +5,10 @@
     vpnkit-forwarder -control-listen              the guest listens: `control`
     host-timesync-daemon -port                    the guest listens: `timesync`
     vpnkit-expose-port -control                   the host listens: `control`, also where dockerd is told to run it
+    mount9p -port                                 the host listens: `9p`; with -listen the guest does
+    socat VSOCK-LISTEN:PORT, VSOCK-CONNECT:2:PORT `docker` where the other side is docker's socket, else that side
+
+`vsudd`, `timesync`, `forwarder`, `expose_port` and `mount9p` of ours are known too, run as modules or files.
 
 A service without a command runs its image's, so the program is known by the image's or the service's name, with its defaults. Two
 defaults of the original programs are the same number, 62372 = 0xf3a4: the newer forwarder's and time synchronisation's.
@@ -25,6 +29,7 @@ from vm.yaml_lines import Complaints, quoted
 TIMESYNC: Final = 0xF3A4
 FORWARDER: Final = 0xF3A5
 CONTROL: Final = 0x1002
+NINEP: Final = 564  # IANA: 9pfs
 MAX_PORT: Final = 0xFFFF_FFFE
 
 Side: TypeAlias = Literal["guest", "host"]
@@ -44,7 +49,7 @@ class Entry:
     """`None` for a GUID of Hyper-V that stands for no port."""
     service: str
     what: str
-    """`docker`, `forwarder`, `control`, `timesync`, or the path of the guest's socket behind it."""
+    """`docker`, `forwarder`, `control`, `timesync`, `9p`, or the path of the guest's socket behind it."""
     listens: Side = "guest"
     guid: str = ""
 
@@ -54,10 +59,10 @@ _Found: TypeAlias = Iterator[tuple[str, int | None, Side, str]]
 
 
 def derive(machine: LinuxKit) -> tuple[Entry, ...]:
-    """The table, in the order of the services. Raises `ConfigErrors` for command lines that those programs would refuse."""
+    """The table, in the order of `onboot` and `services`. Raises `ConfigErrors` for command lines that the programs would refuse."""
     complaints = Complaints()
     entries: list[Entry] = []
-    for image in machine.services:
+    for image in machine.onboot + machine.services:
         for program, words in _programs(image):
             try:
                 for what, port, listens, guid in PROGRAMS[program](words):
@@ -65,7 +70,7 @@ def derive(machine: LinuxKit) -> tuple[Entry, ...]:
                     if entry not in entries:
                         entries.append(entry)
             except ConfigError as error:
-                complaints.add(image.mark, f"services ({image.name}): {program}: {error}")
+                complaints.add(image.mark, f"{image.name}: {program}: {error}")
     complaints.raise_any()
     return tuple(entries)
 
@@ -120,11 +125,7 @@ def _programs(image: Image) -> Iterator[tuple[str, list[str]]]:
         return
     for words in _commands(image.command):
         for at, word in enumerate(words):
-            program = _program(word)
-            if program == "pyvpnkit":
-                program = _program("vpnkit-" + words[at + 1]) if at + 1 < len(words) else ""
-                at += 1
-            if program in PROGRAMS:
+            if program := _program(word, words[at - 1] if at else ""):
                 yield program, words[at + 1 :]
                 break
 
@@ -134,11 +135,15 @@ def _bare(reference: str) -> str:
     return reference.partition("@")[0].rpartition("/")[2].partition(":")[0]
 
 
-def _program(word: str) -> str:
-    """The known program that a word of a command line is, ours too; or ""."""
-    name = word.rpartition("/")[2].removeprefix("vm.guest.").removesuffix(".py")
-    name = _ALIASES.get(name, name)
-    return name if name in PROGRAMS or name == "pyvpnkit" else ""
+def _program(word: str, before: str) -> str:
+    """The known program that a word of a command line is; or "". Our short names count where only a program can stand."""
+    name = word.rpartition("/")[2]
+    if name not in PROGRAMS and (
+        before in ("", "-m", "exec") or before.rpartition("/")[2] == "pyvpnkit" or name.endswith(".py")
+    ):
+        name = name.removeprefix("vm.guest.").removeprefix("portfwd.invm.").removesuffix(".py").replace("_", "-")
+        name = _ALIASES.get(name, name)
+    return name if name in PROGRAMS else ""
 
 
 def _commands(command: Sequence[str]) -> Iterator[list[str]]:
@@ -212,12 +217,16 @@ def _vsudd(words: Sequence[str]) -> _Found:
             raise ConfigError(
                 f"-inport {quoted(value)}: write PORT:unix:PATH, or the GUID of a service instead of PORT"
             )
-        what = "docker" if path.endswith("/docker.sock") else path
+        what = _behind(path)
         if _HVSOCK.fullmatch(source):
             port, guid = _guid(source)
             yield what, port, "guest", guid
         else:
             yield what, _port(source), "guest", ""
+
+
+def _behind(path: str) -> str:
+    return "docker" if path.endswith("/docker.sock") else path
 
 
 def _forwarder(words: Sequence[str]) -> _Found:
@@ -254,11 +263,37 @@ def _expose_port(words: Sequence[str]) -> _Found:
         yield "control", found[0], "host", ""
 
 
+def _mount9p(words: Sequence[str]) -> _Found:
+    port = NINEP
+    for _, value in _flags(words, "port"):
+        if "/" in value:
+            return  # a Unix socket
+        port = _port(value)
+    listens = any(word.lstrip("-") == "listen" for word in words if word.startswith("-"))
+    yield "9p", port, "guest" if listens else "host", ""
+
+
+def _socat(words: Sequence[str]) -> _Found:
+    addresses = [word for word in words if not word.startswith("-")]
+    for word in addresses:
+        kind, _, rest = word.partition(":")
+        kind, rest = kind.upper(), rest.partition(",")[0]
+        if kind not in ("VSOCK-LISTEN", "VSOCK-CONNECT"):
+            continue
+        cid, _, port = rest.rpartition(":")
+        other = next((one for one in addresses if one is not word), "").partition(",")[0]
+        what = _behind(other.partition(":")[2] if other.upper().startswith("UNIX") else other)
+        if kind == "VSOCK-LISTEN" or cid != str(_CID_SELF):
+            yield what, _port(port), "guest" if kind == "VSOCK-LISTEN" else "host", ""
+
+
 PROGRAMS: Final[Mapping[str, Callable[[Sequence[str]], _Found]]] = {
     "vsudd": _vsudd,
     "vpnkit-forwarder": _forwarder,
     "host-timesync-daemon": _timesync,
     "vpnkit-expose-port": _expose_port,
+    "mount9p": _mount9p,
+    "socat": _socat,
 }
 _ALIASES: Final = {
     "timesync": "host-timesync-daemon",

@@ -70,6 +70,16 @@ def test_the_table_of_a_docker_machine() -> None:
         ("python3 -m vm.guest.vsudd -inport 5:unix:/x", [("/x", 5, "guest")]),
         ("python3 /lib/timesync.py -port 7", [("timesync", 7, "guest")]),
         ("pyvpnkit forwarder -data-listen 9", [("forwarder", 9, "guest")]),
+        ("python3.11 -m portfwd.invm.forwarder -data-listen 62373", [("forwarder", 62373, "guest")]),
+        ("python3 -m portfwd.invm.expose_port -proto tcp", [("control", 4098, "host")]),
+        ("python3 -m vm.guest.mount9p /mnt", [("9p", 564, "host")]),
+        ("mount9p -listen -port 0x300 /mnt", [("9p", 0x300, "guest")]),
+        ("mount9p -port /run/9p.sock /mnt", []),
+        ("socat VSOCK-LISTEN:2376,fork,reuseaddr UNIX-CONNECT:/var/run/docker.sock", [("docker", 2376, "guest")]),
+        ("socat -d UNIX-LISTEN:/run/x.sock,fork vsock-connect:2:4098", [("/run/x.sock", 4098, "host")]),
+        ("socat vsock-listen:5 TCP:127.0.0.1:80", [("TCP:127.0.0.1:80", 5, "guest")]),
+        ("socat - VSOCK-CONNECT:1:5", []),
+        ("mail forwarder", []),
         ("pyvpnkit run", []),
         ("pyvpnkit", []),
         ("nginx -g daemon", []),
@@ -105,6 +115,7 @@ def test_a_service_without_a_command_is_known_by_its_image_or_name() -> None:
         ("vsudd -inport", "-inport has no value"),
         ("host-timesync-daemon -port f3a4", "'f3a4' is no vsock port; write a number up to"),
         ("vpnkit-forwarder -vsockPort -1", "'-1' is no vsock port"),
+        ("socat VSOCK-LISTEN:x -", "'x' is no vsock port"),
     ],
 )
 def test_a_command_line_that_its_program_refuses_is_a_complaint_at_its_service(command: str, complaint: str) -> None:
@@ -116,13 +127,14 @@ def test_a_command_line_that_its_program_refuses_is_a_complaint_at_its_service(c
     with pytest.raises(ConfigErrors) as caught:
         derive(machine)
     first, second = caught.value.complaints
-    assert first.startswith("a.yml:2:5: services (one): ")
-    assert second.startswith("a.yml:3:5: services (two): ")
+    assert first.startswith("a.yml:2:5: one: ")
+    assert second.startswith("a.yml:3:5: two: ")
     assert complaint in first
 
 
 WORDS = st.sampled_from(
-    "sh -c vsudd vpnkit-forwarder pyvpnkit forwarder -inport -port= -data-listen -control 1:unix:/x 9 2/9 / ; && ' -- - =".split()
+    "sh -c vsudd vpnkit-forwarder pyvpnkit forwarder socat mount9p -m -inport -port= -data-listen -control".split()
+    + "1:unix:/x VSOCK-LISTEN:9 9 2/9 / ; && ' -- - =".split()
 )
 
 
