@@ -59,7 +59,7 @@ _Found: TypeAlias = Iterator[tuple[str, int | None, Side, str]]
 
 
 def derive(machine: LinuxKit) -> tuple[Entry, ...]:
-    """The table, in the order of `onboot` and `services`. Raises `ConfigErrors` for command lines that the programs would refuse."""
+    """The table, in the order of `onboot` and `services`. Raises `ConfigErrors` for what a program would refuse."""
     complaints = Complaints()
     entries: list[Entry] = []
     for image in machine.onboot + machine.services:
