@@ -123,8 +123,8 @@ def test_onboot_ran_in_order(tiny: Guest) -> None:
 
 def test_services_run(tiny: Guest) -> None:
     assert tiny.until("wget -qO- http://127.0.0.1/") == "a tiny machine"
-    tiny.until("ps | grep -q '[s]ocat VSOCK-LISTEN:2376'")
-    tiny.until("ps | grep -q '[p]ython3.11 -m portfwd.invm.forwarder'")
+    for program in ("portfwd.invm.forwarder", "vm.guest.vsudd", "vm.guest.timesync"):
+        tiny.until(f"ps | grep -q '[p]ython3.11 -m {program}'")
     tiny.run("ls -d /sys/module/vsock /sys/module/overlay /sys/module/virtiofs")
 
 

@@ -159,4 +159,4 @@ def test_where_nothing_can_be_written(tmp_path: Path) -> None:
 def test_the_example_is_complete() -> None:
     """The machine of the README; what it is built from is downloaded in `tests/qemu/test_build.py`."""
     machine = load_all([Path(__file__).parents[3] / "examples/tiny-linuxkit.yml"])
-    assert {service.name for service in machine.services} == {"getty", "web", "docker-socket", "forwarder"}
+    assert {service.name for service in machine.services} == {"getty", "web", "docker-socket", "forwarder", "timesync"}
