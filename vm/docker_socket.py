@@ -131,15 +131,12 @@ async def dial_tcp(host: str, port: int, *, limit_s: float = DIAL_S) -> socket.s
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         async with asyncio.timeout(limit_s):
             await asyncio.get_running_loop().sock_connect(sock, (host, port))
-    except TimeoutError:
+    except BaseException as error:
         sock.close()
-        raise HostError(f"{host} port {port}: no answer within {limit_s:g} s") from None
-    except OSError as error:
-        sock.close()
-        raise HostError(f"{host} port {port}: {error.strerror or error}") from None
-    except BaseException:
-        sock.close()
-        raise
+        if not isinstance(error, OSError):
+            raise
+        why = f"no answer within {limit_s:g} s" if isinstance(error, TimeoutError) else error.strerror or error
+        raise HostError(f"{host} port {port}: {why}") from None
     return sock
 
 
