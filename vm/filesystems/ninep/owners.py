@@ -108,6 +108,10 @@ class Owners:
     def view(self, fd: int, state: os.stat_result, asker: Asker) -> View:
         return View(state.st_mode, state.st_uid, state.st_gid, state.st_rdev)
 
+    def view_of_root(self, fd: int, state: os.stat_result, asker: Asker) -> View:
+        """Of the folder itself."""
+        return self.view(fd, state, asker)
+
     def host_mode(self, mode: int) -> int:
         """Of a file on the host that is to have `mode` (with its kind) for guests."""
         return stat.S_IMODE(mode)
@@ -174,6 +178,14 @@ class Requester(_Private):
         if gid is None:
             gid = state.st_gid if asker.uid is None else asker.uid
         return View(state.st_mode, uid, gid, state.st_rdev)
+
+    def view_of_root(self, fd: int, state: os.stat_result, asker: Asker) -> View:
+        """Whoever asks may do there what its owner may, without having asked: Linux keeps what the last one was told of a directory
+        that is in use, as that of a mount always is, and would turn others away by it."""
+        mode, *rest = self.view(fd, state, asker)
+        if _get(fd, _UID, _U32) is None:
+            mode |= (mode & stat.S_IRWXU) >> 3 | (mode & stat.S_IRWXU) >> 6
+        return View(mode, *rest)
 
     def chown(self, fd: int, uid: int | None, gid: int | None) -> None:
         if stat.S_IFMT(os.fstat(fd).st_mode) in _SPECIAL:

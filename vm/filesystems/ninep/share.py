@@ -109,7 +109,7 @@ class Share:
         """What `node` is to `asker`."""
         with node.held() as fd:
             state = os.fstat(fd)
-            view = self.owners.view(fd, state, asker)
+            view = (self.owners.view_of_root if node is self.nodes.root else self.owners.view)(fd, state, asker)
         return self._qid(state, view.mode), state, view
 
     def qid(self, node: Node) -> Qid:

@@ -183,6 +183,16 @@ def test_requester_who_asks_owns_it_until_a_chown(export: Path) -> None:
         assert seen(user, "link")[1:] == (1000, 1000), "there is nowhere to keep that"
 
 
+def test_requester_lets_everybody_into_the_folder_itself(export: Path) -> None:
+    export.chmod(0o750)
+    with site(export, "requester") as place:
+        client = place.client(77)
+        assert seen(client) == ("40777", 77, 77) and on_host(export)[0] == "40750"
+        fid = client.walk()
+        client.call(m.Tsetattr(1, fid, m.SET_UID, uid=5), m.Rsetattr)
+        assert seen(client) == ("40750", 5, 77)
+
+
 def test_requester_by_attach_on_one_connection(export: Path) -> None:
     """As Linux does with access=user; and a client without users is told what the host has."""
     (export / "file").touch()
