@@ -40,6 +40,8 @@ class Accepted:
     over_limit: int = 0
     strangers: int = 0
     """Callers that another user runs, or that another machine is."""
+    rests: int = 0
+    """Times that there was no descriptor left."""
     failed: int = 0
     """Connections that ended by an error."""
     contained: int = 0
@@ -104,8 +106,9 @@ class Acceptor:
         except (BlockingIOError, ConnectionAbortedError):
             return  # the caller has gone again
         except OSError as error:
-            if error.errno in _EXHAUSTED:
-                log.warning("%s: %s; no connection is accepted for a moment", self._name, error.strerror)
+            if error.errno in _EXHAUSTED and not self.counts.rests:
+                log.warning("%s: %s; callers wait; further times are only counted", self._name, error.strerror)
+            self.counts.rests += 1
             self._loop.remove_reader(self._listener)
             self._resting = self._loop.call_later(REST_S, self._loop.add_reader, self._listener, self._come)
             return
@@ -113,15 +116,24 @@ class Acceptor:
         if len(self._connections) >= self._limit:
             self.counts.over_limit += 1
             sock.close()
-        elif not self._admit(sock):
-            self.counts.strangers += 1
-            log.warning("%s: a caller was turned away: it is none of this user's programs", self._name)
+        elif not self._admits(sock):
             sock.close()
         else:
             self.counts.accepted += 1
             task = asyncio.create_task(self._contain(sock))
             self._connections.add(task)
             task.add_done_callback(lambda done: self._over(done, sock))
+
+    def _admits(self, sock: socket.socket) -> bool:
+        try:
+            if self._admit(sock):
+                return True
+        except OSError:  # it has gone again
+            return False
+        if not self.counts.strangers:
+            log.warning("%s: a caller who may not come in is closed; further ones are only counted", self._name)
+        self.counts.strangers += 1
+        return False
 
     def _over(self, task: asyncio.Task[None], sock: socket.socket) -> None:
         self._connections.discard(task)

@@ -360,20 +360,44 @@ async def test_no_descriptor_left_is_waited_for(directory: Path) -> None:
             guest.connect(str(directory / f"00000002.{SERVED:08x}"))
             for _ in range(5):
                 await asyncio.sleep(0)
-            assert server.counts.accepted == 0
+            assert (server.counts.accepted, server.counts.rests) == (0, 1)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, before)
         assert await asyncio.wait_for(asyncio.get_running_loop().sock_recv(guest, 2), LIMIT_S) == b"in"
     await server.close()
 
 
-async def test_another_machine_of_the_host_is_turned_away(directory: Path) -> None:
+async def test_other_machines_of_the_host_are_turned_away(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
     vsock, fake = kernel(directory)
     server = await vsock.listen(SERVED, backwards)
     fake.caller = 4
+    for _ in range(3):
+        reader, writer = await asyncio.open_unix_connection(directory / f"ffffffff.{SERVED}")
+        assert await reader.read() == b""
+        writer.close()
+        await writer.wait_closed()
+    assert (server.counts.strangers, server.counts.accepted) == (3, 0)
+    assert len(caplog.records) == 1
+    await server.close()
+
+
+async def test_a_machine_that_has_gone_before_it_is_looked_at_harms_nobody(directory: Path) -> None:
+    vsock, fake = kernel(directory)
+    server = await vsock.listen(SERVED, backwards)
+
+    def gone(_: socket.socket) -> int:
+        raise OSError(errno.ENOTCONN, "gone")
+
+    fake.getpeername = gone  # type: ignore[method-assign]
     reader, writer = await asyncio.open_unix_connection(directory / f"ffffffff.{SERVED}")
     assert await reader.read() == b""
-    assert server.counts.strangers == 1
+    fake.getpeername = Kernel.getpeername  # type: ignore[method-assign]
+    writer.close()
+    await writer.wait_closed()
+    reader, writer = await asyncio.open_unix_connection(directory / f"ffffffff.{SERVED}")
+    writer.write(b"here")
+    writer.write_eof()
+    assert await reader.read() == b"ereh"
     writer.close()
     await writer.wait_closed()
     await server.close()
