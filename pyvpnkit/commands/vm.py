@@ -92,7 +92,11 @@ def register(parser: argparse.ArgumentParser) -> None:
 
     made = machine(one("logs", "what a machine's parts have said"))
     made.add_argument(
-        "part", metavar="PART", nargs="?", default="console", help="console, supervisor, network, ... [console]"
+        "part",
+        metavar="PART",
+        nargs="?",
+        default="console",
+        help="console, supervisor, network, hypervisor, ... [console]",
     )
     made.add_argument("-f", "--follow", action="store_true", help="go on with what comes, until Ctrl-C")
     made.add_argument("-n", "--lines", type=int, default=100, metavar="N", help="begin with the last N lines [100]")

@@ -37,8 +37,9 @@ def console(parsed: argparse.Namespace) -> int:
 def logs(parsed: argparse.Namespace) -> int:
     """The end of a log, and what comes."""
     home, _ = vm_find.find(parsed)
-    path = home.state.console_log if parsed.part == "console" else home.state.log(parsed.part)
-    if "/" in parsed.part or not path.exists():
+    part = parsed.part if parsed.part != "hypervisor" else str(home.read("machine").get("driver", parsed.part))
+    path = home.state.console_log if part == "console" else home.state.log(part)
+    if "/" in part or not path.exists():
         raise ConfigError(
             f"{home.path.name} has no log {parsed.part!r}; there are: {', '.join(_logs(home)) or 'none yet'}"
         )

@@ -68,7 +68,7 @@ def status(parsed: argparse.Namespace) -> int:
         print_json(found)
     else:
         for label, value in _rows(found):
-            print(f"{label:<12}{clean(value)}")
+            print(f"{label:<12}{clean(' '.join(value.split()))}")
     return 0 if found["state"] in UP else 1
 
 

@@ -84,14 +84,14 @@ def _wait(
     for entry in entries:
         text, state = clean(entry["text"]), entry.get("state")
         if entry["kind"] == "error":
-            progress.line("\n".join(map(clean, entry["text"].splitlines())), bad=True)
+            progress.line(_lines(entry["text"]), bad=True)
             return int(entry["status"])
         if state == "ready":
             progress.line(f"{settings.name} is ready after {time.monotonic() - began:.1f} s")
             _welcome(entry, settings, home, progress)
             return 0
         if state in ("failed", "stopped"):
-            _epitaph(text, settings, home, progress)
+            _epitaph(entry["text"], settings, home, progress)
             return 1
         if state in ("sidecars", "created"):
             if not wait:
@@ -115,8 +115,12 @@ def _welcome(entry: dict[str, Any], settings: VmSettings, home: Home, progress: 
         progress.line(f"  degraded   {clean(name)}: {clean(why)}", bad=True)
 
 
+def _lines(text: str) -> str:
+    return "\n        ".join(map(clean, text.splitlines()))
+
+
 def _epitaph(text: str, settings: VmSettings, home: Home, progress: Progress) -> None:
-    progress.line(f"{settings.name} {text}", bad=True)
+    progress.line(f"{settings.name} {_lines(text)}", bad=True)
     for name, path in (
         ("console", home.state.console_log),
         (settings.hypervisor.driver, home.state.log(settings.hypervisor.driver)),

@@ -13,12 +13,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.roof.commands.conftest import Done
 from tests.support import golden
 from tests.support.vm_house import nothing_left, short_directory
 from vm.supervisor.home import Home
@@ -26,13 +26,6 @@ from vm.supervisor.home import Home
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parent / "golden"
 LIMIT_S = 60.0
-
-
-@dataclass
-class Done:
-    status: int
-    out: str
-    err: str
 
 
 class Shell:
@@ -191,6 +184,7 @@ def test_console_logs_events_and_list(shell: Shell) -> None:
     assert "echo: hello" in typed.out
     assert "echo: hello" in shell("logs", "box").out
     assert "ready" in shell("logs", "box", "supervisor").out
+    assert shell("logs", "box", "hypervisor").status == 0
     wrong = shell("logs", "box", "nothing")
     assert wrong.status == 2
     assert "there are: console, " in wrong.err

@@ -69,7 +69,7 @@ async def supervise(home: Home, wanted: settings.VmSettings, report: Report) -> 
     left = home.reclaim()
     home.write("result", {"state": State.FAILED.value, "reason": "the supervisor was killed"})  # unless it says better
     home.keep(home.identity())
-    home.write("machine", {"name": wanted.name, "file": str(wanted.file)})
+    home.write("machine", {"name": wanted.name, "file": str(wanted.file), "driver": wanted.hypervisor.driver})
     supervisor = Supervisor(wanted, home, registry.load(wanted.hypervisor.driver), build=build)
     if left:
         supervisor.journal.add("reclaimed", f"ended what a killed supervisor left: {', '.join(left)}")

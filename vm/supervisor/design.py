@@ -7,14 +7,27 @@ What the file leaves open is chosen by what the hypervisor can do, the fastest f
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
 
-from vm.api import Caps, Hypervisor, Nic, NicKind, Plan, ShareKind, Sidecar, StateDir, Unsupported, VmSpec, VsockSpec
+from vm.api import (
+    Caps,
+    Hypervisor,
+    Nic,
+    NicKind,
+    Plan,
+    Share,
+    ShareKind,
+    Sidecar,
+    StateDir,
+    Unsupported,
+    VmSpec,
+    VsockSpec,
+)
 from vm.build.build import CMDLINE
-from vm.filesystems import registry
+from vm.filesystems import ninep_share, registry
 from vm.settings import SHARE_KINDS, ShareSettings, VmSettings, disks_of, shares_of
 from vm.supervisor import building, network
 from vm.supervisor.home import Home
@@ -87,7 +100,7 @@ def spec_of(settings: VmSettings, home: Home, driver: Hypervisor) -> VmSpec:
         vsock = VsockSpec(
             cid=settings.vsock.cid if settings.vsock is not None else 3,
             ports={name: port for name, port in ports.items() if name != "control"},
-            served={name: port for name, port in ports.items() if name == "control"},
+            served=_served(ports, shares),
             directory=state.vsock,
             socket=state.vsock_device if "vhost-user" in driver.caps.vsock else None,
         )
@@ -110,6 +123,13 @@ def spec_of(settings: VmSettings, home: Home, driver: Hypervisor) -> VmSpec:
         accel=settings.hypervisor.accel,
         extra=settings.hypervisor.extra,
     )
+
+
+def _served(ports: Mapping[str, int], shares: Sequence[Share]) -> dict[str, int]:
+    """What the host serves at CID 2: the control port, and 9P."""
+    by_vsock = [share.tag for share in shares if share.kind == "9p-vsock"]
+    files = {f"share-{tag}": ninep_share.port(number) for number, tag in enumerate(by_vsock)}
+    return {name: port for name, port in ports.items() if name == "control"} | files
 
 
 def _command_line(settings: VmSettings) -> str:

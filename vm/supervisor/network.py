@@ -47,7 +47,8 @@ def sidecar(settings: VmSettings, nic: Nic, state: StateDir, vsock: VsockKind | 
     if settings.network.config is not None:
         argv += ["--config", str(settings.network.config)]
     argv += ["--link", f"{scheme}:{where}"]
-    argv += ["--mtu", str(nic.mtu)]
+    # Its end follows that of the guest, whose flows nobody can finish.
+    argv += ["--mtu", str(nic.mtu), "--grace", "0"]
     argv += ["--state-dir", str(state.path / "network"), "--control-socket", str(state.network_control)]
     if nic.preferred_ip is not None and nic.mac:
         argv += ["--static-lease", f"{nic.mac}={nic.preferred_ip}"]

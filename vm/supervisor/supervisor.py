@@ -41,6 +41,8 @@ from vm.supervisor.watch import Watch
 
 log = logging.getLogger("vm.supervisor")
 
+STATUS_S: Final = 2.0
+"""How long a status waits for the network."""
 GONE_S: Final = 0.5
 """How long a machine may take to end after a part beside it that ends with it."""
 
@@ -129,8 +131,9 @@ class Supervisor:
         state = self.home.state
         addresses = []
         if self.design.spec.nics and self.state in UP:
-            with contextlib.suppress(NetstackError):
-                leases = await self.network.leases()
+            with contextlib.suppress(NetstackError, TimeoutError):
+                async with asyncio.timeout(STATUS_S):
+                    leases = await self.network.leases()
                 addresses = [one for one in leases if one.get("mac") == self.design.spec.nics[0].mac]
         shares = [
             {"tag": one.tag, "source": str(one.source), "target": one.target, "kind": one.kind, "owner": one.owner}
@@ -372,6 +375,10 @@ class Supervisor:
                         self._end(Cause.CRASHED, "the guest's kernel panicked")
                     case EventKind.PAUSED | EventKind.RESUMED:
                         self.paused = event.kind is EventKind.PAUSED
+                        if event.text:  # not by us: a disk is full, say
+                            self.degrade("machine", f"paused: {event.text}")
+                        elif not self.paused:
+                            self.degraded.pop("machine", None)
                     case EventKind.EXITED:
                         status, text = event.status, event.text
                     case EventKind.STARTED | EventKind.POWERDOWN:
@@ -385,7 +392,8 @@ class Supervisor:
         if status == 0:
             self._end(Cause.POWEROFF, "the guest powered off" if by_guest or not told else f"{name} was told to end")
         else:
-            self._end(Cause.CRASHED, f"{name} ended with {how}" + (f": {text}" if text else ""))
+            said = text.strip().splitlines()
+            self._end(Cause.CRASHED, f"{name} ended with {how}" + (f": {said[-1]}" if said else ""))
 
     # Down.
 
