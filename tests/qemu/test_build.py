@@ -60,14 +60,15 @@ class Guest(machine.Machine):
         said = super().run(command, limit_s=limit_s, check=check)
         return "\n".join(line for line in said.splitlines() if not line.startswith("vm: "))
 
-    def press_power(self) -> None:
+    def press(self, command: str, **arguments: Any) -> None:
+        """Have QEMU press a button."""
         with socket.socket(socket.AF_UNIX) as sock:
             sock.settimeout(END_S)
             sock.connect(str(self._qmp))
             with sock.makefile("rw") as file:
                 file.readline()
-                for command in ("qmp_capabilities", "system_powerdown"):
-                    file.write(json.dumps({"execute": command}) + "\n")
+                for words in ({"execute": "qmp_capabilities"}, {"execute": command, "arguments": arguments}):
+                    file.write(json.dumps(words) + "\n")
                     file.flush()
                     while "return" not in json.loads(file.readline()):
                         pass
@@ -146,7 +147,7 @@ def test_services_do_not_see_each_other(tiny: Guest) -> None:
 
 def test_the_power_button_ends_it(tiny: Guest) -> None:
     """The last of this machine."""
-    tiny.press_power()
+    tiny.press("system_powerdown")
     status, said, _ = tiny.ended()
     assert status == 0 and "vm: poweroff" in said
     assert re.search(r"reboot: Power down", said)
@@ -300,7 +301,7 @@ def test_one_that_fails_is_named_and_the_next_runs(thorough: Guest) -> None:
 def test_a_reboot_waits_for_the_polite_and_not_for_the_stubborn(thorough: Guest) -> None:
     """The last of this machine."""
     thorough.until("ps | grep -q '[t]rap .echo bye' && ps | grep -q '[s]leep 1000'")
-    thorough.send("kill -TERM 1")
+    thorough.press("send-key", keys=[{"type": "qcode", "data": key} for key in ("ctrl", "alt", "delete")])
     status, said, _ = thorough.ended()
     assert status == 0
     assert (

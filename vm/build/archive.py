@@ -116,8 +116,11 @@ class Cache:
         path = self.directory / name
         with _kept(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileExistsError, OSError) if path.is_dir() else contextlib.nullcontext():
+            try:
                 made.rename(path)
+            except OSError:
+                if not path.is_dir():
+                    raise
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:

@@ -132,6 +132,7 @@ trap 'down=reboot' TERM INT
 trap 'down=halt' USR1
 places
 dmesg -n 1
+echo 0 >/proc/sys/kernel/ctrl-alt-del # which sends INT: the way out of a machine without ACPI
 modules
 groups
 hostname -F /etc/hostname
