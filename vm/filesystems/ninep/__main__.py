@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             connected = None if options.serve_fd is None else _connected(options.serve_fd)
             stack.pop_all()
-        asyncio.run(_run(FileServer(share, listeners), connected, options))
+        sidecar.run(_run(FileServer(share, listeners), connected, options))
     except NetstackError as error:
         print(f"vm.filesystems.ninep: {error}", file=sys.stderr)
         return 1

@@ -15,7 +15,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable
 from errno import EINVAL
-from typing import Final
+from typing import Final, cast
 
 from netstack.errors import Malformed
 from portfwd.ninep.wire import Decoder, Octets, tag_of
@@ -73,7 +73,7 @@ class Connection(asyncio.Protocol):
     # asyncio's protocol.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+        transport = cast(asyncio.Transport, transport)  # uvloop's are none by type
         self._transport = transport
         transport.set_write_buffer_limits(high=self._limits.msize)
         self._close_in(HELLO_S, "said no version")

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,12 @@ class Site:
         read_only: bool = False,
         limits: Limits | None = None,
         listeners: Sequence[socket.socket] = (),
+        new_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop,
     ) -> None:
         self.export = export
         share = Share(export, parse_owner(owner), read_only=read_only, limits=limits)
         self.server = FileServer(share, listeners)
-        self.loop = asyncio.new_event_loop()
+        self.loop = new_loop()
         self._ready, self._over = threading.Event(), asyncio.Event()
         self._clients: list[Client] = []
         self._thread = threading.Thread(target=lambda: self.loop.run_until_complete(self._run()))

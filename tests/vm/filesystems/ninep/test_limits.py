@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from netstack.errors import ConfigError
 from tests.support.ninep_client import Client
@@ -63,14 +64,17 @@ def blocked(client: Client, export: Path, *names: str) -> None:
         client.send(m.Tlopen(100 + number, 500 + number, os.O_WRONLY))
 
 
-def test_a_slow_file_holds_up_nothing_else(place: Site, client: Client, export: Path) -> None:
-    with slow(export / "slow"):
-        blocked(client, export, "slow")
-        client.store("other", b"data")
-        assert client.load("other") == b"data"
-        assert place.client().list() == [b"other", b"slow"]
-    answer = client.receive()
-    assert answer.tag == 100 and isinstance(answer, m.Rlopen)
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def test_a_slow_file_holds_up_nothing_else(export: Path, new_loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    with site(export, new_loop=new_loop) as place:
+        client = place.client()
+        with slow(export / "slow"):
+            blocked(client, export, "slow")
+            client.store("other", b"data")
+            assert client.load("other") == b"data"
+            assert place.client().list() == [b"other", b"slow"]
+        answer = client.receive()
+        assert answer.tag == 100 and isinstance(answer, m.Rlopen)
 
 
 def test_tflush_of_what_runs_is_answered_after_it(client: Client, export: Path) -> None:
