@@ -98,6 +98,8 @@ class Cache:
     """A directory of what was downloaded and decompressed, by digests; it may be deleted between builds."""
 
     directory: Path
+    refresh: bool = False
+    """What may have changed in the world since it was kept is asked again."""
 
     def keep(self, name: str, fill: Callable[[BinaryIO], None], *, anew: bool = False) -> Path:
         """The file `name`, which `fill` writes if it is not there, or `anew`. Raises `HostError` where nothing can be kept."""

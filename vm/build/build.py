@@ -43,33 +43,38 @@ def build(
     cache: Path | None = None,
     base_directory: Path = Path(),
     compression: cpio.Compression = "none",
+    refresh: bool = False,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Built:
     """Make `kernel`, `initrd.img` and `cmdline` in `out_dir`, which is made if it is not there.
 
-    Relative paths of the YAML start at `base_directory`. `progress` is told each image, and what comes after them. Nothing needs
-    root. Raises `ConfigError` for what is wrong in the YAML or behind it, `HostError` for what cannot be had or written.
+    Relative paths of the YAML start at `base_directory`. Packages are those of the first time, unless `refresh`. `progress` is
+    told each image, and what comes after them. Nothing needs root. Raises `ConfigError` for what is wrong in the YAML or behind
+    it, `HostError` for what cannot be had or written.
     """
     if machine.kernel is None:
         raise ConfigError("kernel is missing: `kernel: {image: deb:linux-image-amd64}` would do")
     warnings: list[Warning] = []
     if machine.trust is not None:
-        warnings.append(
-            Warning("trust", "image", "nothing is verified by it; packages are by apt, OCI images by their digests")
-        )
-    sources = Sources(Cache(cache or default_cache()), base_directory.resolve(), progress)
-    picked = kernel.pick(machine.kernel, sources)
-    tree = init.root(machine, sources, warnings)
-    tree.merge(picked.modules)
-    progress("initramfs")
+        text = "nothing is verified by it; packages are by apt, OCI images by their digests"
+        warnings.append(Warning("trust", "image", text))
+    sources = Sources(Cache(cache or default_cache(), refresh=refresh), base_directory.resolve(), progress)
     cmdline = machine.kernel.cmdline or CMDLINE
     try:
+        picked = kernel.pick(machine.kernel, sources)
+        tree = init.root(machine, sources, warnings)
+        tree.merge(picked.modules)
+        progress("initramfs")
         out_dir.mkdir(parents=True, exist_ok=True)
         octets = cpio.write(tree, out_dir / "initrd.img", compression=compression, before=picked.microcode)
         cpio.replaced(out_dir / "kernel", picked.binary.chunks())
         cpio.replaced(out_dir / "cmdline", [cmdline.encode() + b"\n"])
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{error.object!r}: has a character that no file can have") from None
+    except RecursionError:
+        raise ConfigError("an image has directories, or modules that depend on modules, too deep to follow") from None
     except OSError as error:
-        raise HostError(f"{out_dir}: cannot be written: {error.strerror}") from None
+        raise HostError(f"{error.filename or out_dir}: {error.strerror}") from None
     return Built(
         kernel=out_dir / "kernel",
         initrd=out_dir / "initrd.img",

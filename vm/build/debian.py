@@ -94,7 +94,7 @@ def packages(wanted: Wanted, cache: Cache) -> list[tuple[Package, Path]]:
     Where apt does not know one, or cannot get it any more, its lists are brought up to date first, if that may be done.
     """
     try:
-        found = resolve(wanted, cache)
+        found = resolve(wanted, cache, anew=cache.refresh)
         return list(zip(found, fetch(found, cache), strict=True))
     except (ConfigError, HostError):
         try:

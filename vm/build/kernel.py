@@ -193,7 +193,13 @@ def _follow(name: str, files: dict[str, tuple[str, Entry]], found: dict[str, _Fo
     path, entry = files.pop(name)  # so that modules that depend on each other end
     octets = _decompressed(path, entry, what)
     fields = re.findall(rb"\0(depends|alias)=([^\0]*)", octets)
-    depends = [_same(other) for key, text in fields if key == b"depends" for other in text.decode().split(",") if other]
+    depends = [
+        _same(other)
+        for key, text in fields
+        if key == b"depends"
+        for other in text.decode(errors="replace").split(",")
+        if other
+    ]
     aliases = tuple(text.decode(errors="replace") for key, text in fields if key == b"alias")
     for other in depends:
         _follow(other, files, found, what)

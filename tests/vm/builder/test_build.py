@@ -152,8 +152,31 @@ def test_what_is_not_done_is_said(tmp_path: Path) -> None:
 
 def test_where_nothing_can_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(HostError, match=r"file/out: cannot be written: Not a directory"):
+    with pytest.raises(HostError, match=r"file/out: Not a directory"):
         build(load(YAML), tmp_path / "file/out", cache=tmp_path / "cache", base_directory=place(tmp_path / "base"))
+
+
+def test_what_cannot_be_a_name_is_refused(tmp_path: Path) -> None:
+    label = '{"env": ["A=\\ud800"]}'
+    base = place(tmp_path / "base")
+    layout(base / "bad", [tar({"x": b""})], {"Cmd": ["/x"], "Labels": {"org.mobyproject.config": label}})
+    for yaml in (
+        YAML.replace("oci-layout:oci", "oci-layout:bad"),
+        YAML.replace("path: etc/motd", 'path: "etc/\\ud800"'),
+        YAML.replace("dir:web,", '"dir:\\ud800",'),
+    ):
+        with pytest.raises(ConfigError, match="\\\\ud800|\ud800"):
+            built(tmp_path, yaml)
+
+
+def test_directories_without_end_are_refused(tmp_path: Path) -> None:
+    base = place(tmp_path / "base")
+    deep = base / "web"
+    for _ in range(12):
+        deep = deep / "/".join("d" * 100)
+        deep.mkdir(parents=True)
+    with pytest.raises(ConfigError, match="too deep to follow"):
+        built(tmp_path)
 
 
 def test_the_example_is_complete() -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import stat
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,13 @@ def test_the_second_time_apt_is_not_asked(apt: Apt, cache: Cache, monkeypatch: p
     monkeypatch.setenv("PATH", "/nothing")
     assert contents(debian.tree(Wanted.parse("tool"), cache)) == first
     assert apt.asked() == []
+
+
+def test_packages_are_those_of_the_first_time_unless_asked_for_anew(apt: Apt, cache: Cache) -> None:
+    debian.tree(Wanted.parse("gcc-base"), cache)
+    apt.add("gcc-base", files=["usr/newer"])
+    assert "usr/newer" not in contents(debian.tree(Wanted.parse("gcc-base"), cache))
+    assert "usr/newer" in contents(debian.tree(Wanted.parse("gcc-base"), replace(cache, refresh=True)))
 
 
 def test_what_was_downloaded_has_to_be_what_was_listed(apt: Apt, cache: Cache) -> None:
