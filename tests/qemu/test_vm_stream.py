@@ -22,6 +22,7 @@ boot: {{kernel: {kernel}, initrd: {initrd}, cmdline: "{cmdline}"}}
 memory: 256M
 network: qemu-stream
 publish: ['0:80']
+docker_socket: {{tcp: 80}}
 ready: {{probe: lease, limit: 3m}}
 restart: {{backoff: 0.1}}
 stop: {{grace: 0}}
@@ -56,12 +57,15 @@ async def typed(made: House, command: str) -> None:
 async def fetched(made: House) -> bytes:
     """What the guest's server says at the published port."""
     host, port = made.supervisor.published.held["0:80"].removeprefix("tcp:").split(":")[:2]
+    return await answer(*await asyncio.open_connection(host, int(port)))
+
+
+async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
     async with asyncio.timeout(BOOT_S):
-        reader, writer = await asyncio.open_connection(host, int(port))
         writer.write(b"GET / HTTP/1.0\r\n\r\n")
-        answer = await reader.read()
+        found = await reader.read()
         writer.close()
-    return answer
+    return found
 
 
 async def test_up_served_lost_its_network_up_again_and_down_by_its_guest(parts: Parts) -> None:
@@ -72,6 +76,7 @@ async def test_up_served_lost_its_network_up_again_and_down_by_its_guest(parts: 
         assert address["mac"] == made.home.identity().mac
         await typed(made, "httpd -p 80 -h /www")
         assert (await fetched(made)).startswith(b"HTTP/1.")
+        assert (await answer(*await asyncio.open_unix_connection(made.home.state.docker))).startswith(b"HTTP/1.")
 
         os.kill(made.pid("network"), signal.SIGKILL)
         await until(made, "state", "the network was lost, and qemu cannot join it again")

@@ -6,12 +6,15 @@ import asyncio
 import json
 import stat
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from netstack.errors import HostError
 from tests.support.vm_house import FAST, house
+from vm.supervisor import services
 from vm.supervisor.lifecycle import ENDS, TRANSITIONS, Cause, Input, State, Verdict, backoff
 
 ALONE = "network: none\n" + FAST
@@ -263,6 +266,27 @@ async def test_docker_sock_leads_to_the_guest_and_goes_before_it() -> None:
         made.supervisor.down()
         await made.until(lambda: "asked to power down" in made.said)
         assert not made.home.state.docker.exists()
+
+
+async def test_the_guests_clock_is_looked_after_while_it_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    made_with: list[Any] = []
+
+    class Recorder:
+        def __init__(self, dial: Any) -> None:
+            made_with.append(dial)
+
+        async def close(self) -> None:
+            made_with.append("closed")
+
+    monkeypatch.setattr(services, "TimeSync", Recorder)
+    async with house(ALONE + "vsock: {ports: {timesync: 62372}}\n", "serve=62372:eof") as made:
+        await made.ready()
+        (dial,) = made_with
+        with closing(await dial()) as sock:
+            assert await asyncio.get_running_loop().sock_recv(sock, 1) == b""
+        made.supervisor.down()
+        await made.over()
+        assert made_with[1:] == ["closed"]
 
 
 async def test_docker_sock_in_a_place_that_is_taken_is_degraded() -> None:
