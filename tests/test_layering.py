@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -58,11 +59,15 @@ ARROWS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
 )
 
 
-def modules() -> Iterator[tuple[str, Path]]:
+@functools.cache
+def modules() -> dict[str, Path]:
+    """Each module's name, and its file."""
+    found = {}
     for top in OURS:
         for path in sorted((ROOT / top).rglob("*.py")):
             parts = path.relative_to(ROOT).with_suffix("").parts
-            yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
 
 
 def imports(path: Path, module: str) -> Iterator[tuple[str, int]]:
@@ -72,10 +77,9 @@ def imports(path: Path, module: str) -> Iterator[tuple[str, int]]:
             yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module}:{node.lineno}: imports are absolute here"
-            known = {name for name, _ in modules()}
             for alias in node.names:
                 submodule = f"{node.module}.{alias.name}"
-                yield (submodule if submodule in known else node.module or ""), node.lineno
+                yield (submodule if submodule in modules() else node.module or ""), node.lineno
 
 
 def inside(module: str, prefix: str) -> bool:
@@ -101,7 +105,7 @@ def allowed(importer: str, imported: str) -> bool:
 def test_imports_point_down_the_table() -> None:
     wrong = [
         f"{path.relative_to(ROOT)}:{line}: {module} may not import {imported}"
-        for module, path in modules()
+        for module, path in modules().items()
         for imported, line in imports(path, module)
         if imported.split(".")[0] in OURS and imported != "netstack" and not allowed(module, imported)
     ]
@@ -134,5 +138,5 @@ def test_every_package_is_installed() -> None:
     import tomllib
 
     listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
-    found = {".".join(path.parent.relative_to(ROOT).parts) for _, path in modules()}
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in modules().values()}
     assert found <= listed, f"pyproject.toml does not list {sorted(found - listed)}"

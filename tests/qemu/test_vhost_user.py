@@ -80,7 +80,9 @@ def test_three_reboots_in_the_middle_of_a_transfer(guest: Machine, ring_site: Si
     site = ring_site
     for _ in range(3):
         with _flood(guest, site):
-            guest.send("reboot -f")
+            # Not `reboot -f`: when Linux 6.1 marks the device broken (device_shutdown) while virtnet_poll_cleantx waits for its
+            # used ring, that loop never ends. The trace of such a guest has free_old_xmit_skbs, and no word about a bad ring.
+            guest.send("echo b >/proc/sysrq-trigger")
             guest.wait_up()
         assert guest.address == ADDRESS
         ping_and_names(guest)
