@@ -31,9 +31,17 @@ class StreamGuest:
         self.address = bytes(4)
         self._sock = socket.socket(socket.AF_UNIX)
         self._sock.settimeout(LIMIT_S)
-        self._sock.connect(path)
+        wait_until(lambda: self._connected(path), LIMIT_S)
         self._received = b""
         self._port = 40000
+
+    def _connected(self, path: str) -> bool:
+        """Between bind and listen the daemon's socket is there and refuses; hypervisors try again too."""
+        try:
+            self._sock.connect(path)
+        except ConnectionRefusedError:
+            return False
+        return True
 
     def close(self) -> None:
         self._sock.close()

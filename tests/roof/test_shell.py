@@ -256,7 +256,7 @@ class TestEnding:
         """The command ends with megabytes in its socket; a slow reader on the host gets them all."""
         octets = 6 << 20
         with socket.create_server(("127.0.0.1", 0)) as listener:
-            listener.settimeout(10)
+            listener.settimeout(30)
             script = (
                 f"import socket; s = socket.create_connection(('host.internal', {listener.getsockname()[1]}));"
                 f"s.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, {octets}); s.sendall(bytes({octets}))"
