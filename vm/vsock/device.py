@@ -8,7 +8,7 @@ it (`stream`, `connection`).
 A driver that begins anew, and one whose rings were found to be broken, lose all connections. Rings that only stop and go on where
 they were, as when a machine is paused, lose none. Rings that have been used before and are new to us belong to a guest that
 remembers connections of somebody before us: it is told to forget them (TRANSPORT_RESET), by the event ring where we have that, and
-by RST for whatever it sends.
+by RST for whatever it sends. (QEMU's vhost-user-vsock takes no second connection; there the card is unplugged and plugged in.)
 """
 
 from __future__ import annotations
