@@ -223,6 +223,20 @@ def test_what_the_host_changes_is_seen(guest: Machine, server: Server) -> None:
         assert guest.run("df -k /m | tail -1").split()[-1] == "/m"
 
 
+@pytest.mark.parametrize("options", ["cache=mmap", "access=client,posixacl", "access=any", "msize=4096"])
+def test_other_ways_to_mount(guest: Machine, server: Server, options: str) -> None:
+    with mounted(guest, server, "mapped", options) as folder:
+        said = guest.run(
+            f"cd /m; echo data >file; cat file; mkdir dir; mv file dir; ls -R; chmod 4711 dir/file; {INSIDE}; sync"
+        )
+        assert said.split()[-1] == "4711:5"
+        assert (folder / "dir" / "file").read_bytes() == b"data\n"
+        assert (
+            guest.run("cd /m; dd if=/dev/zero of=dir/big bs=100k count=10 2>/dev/null; wc -c <dir/big; rm -r dir; ls")
+            == "1024000"
+        )
+
+
 def test_mounted_by_a_descriptor_and_again(guest: Machine, server: Server) -> None:
     """A program connects and hands the descriptor to mount (spec companions 4.4)."""
     options = ",".join(("trans=fd", "rfdno=0", "wfdno=1", *OPTIONS))
@@ -237,6 +251,7 @@ def test_mounted_by_a_descriptor_and_again(guest: Machine, server: Server) -> No
     assert (server.folders["mapped"] / "both").read_text() == "first\nsecond\n"
 
 
+INSIDE = "stat -c %a:%s dir/file"
 SEEN = "stat -c '%n %u:%g %a' file fifo link host"
 DONE = "touch file; chown 1234:2345 file; chmod 4755 file; mknod device c 1 3; mkfifo -m 620 fifo; ln -s file link"
 
