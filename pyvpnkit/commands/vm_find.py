@@ -10,7 +10,7 @@ from typing import Any, Final
 from netstack.errors import ConfigError, HostError
 from portfwd.spec import PublishSpec
 from pyvpnkit.commands.client import Client
-from vm import settings
+from vm import settings_file
 from vm.settings import VmSettings
 from vm.supervisor import home as homes
 from vm.supervisor.home import Home
@@ -21,7 +21,7 @@ STARTS_S: Final = 10.0
 
 def load(file: Path) -> VmSettings:
     """What a file says; raises `ConfigError` with all complaints."""
-    return settings.load(file, check_publish=PublishSpec.parse)
+    return settings_file.load(file, check_publish=PublishSpec.parse)
 
 
 def _name_of(file: Path) -> str:

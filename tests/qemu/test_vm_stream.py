@@ -12,6 +12,7 @@ from pyvpnkit.boot import Parts
 from tests.support.vm_house import House, house
 from vm.hypervisors import qemu
 from vm.supervisor.lifecycle import State
+from vm.supervisor.status import status
 
 pytestmark = pytest.mark.qemu
 
@@ -72,7 +73,7 @@ async def test_up_served_lost_its_network_up_again_and_down_by_its_guest(parts: 
     text = TEXT.format(kernel=parts.kernel, initrd=parts.initrd, cmdline=CMDLINE)
     async with house(text, driver=qemu.DRIVER) as made:
         await until(made, "state", "ready")
-        (address,) = (await made.supervisor.status())["addresses"]
+        (address,) = (await status(made.supervisor))["addresses"]
         assert address["mac"] == made.home.identity().mac
         await typed(made, "httpd -p 80 -h /www")
         assert (await fetched(made)).startswith(b"HTTP/1.")
@@ -81,7 +82,7 @@ async def test_up_served_lost_its_network_up_again_and_down_by_its_guest(parts: 
         os.kill(made.pid("network"), signal.SIGKILL)
         await until(made, "state", "the network was lost, and qemu cannot join it again")
         await until(made, "state", "ready", times=2)
-        (again,) = (await made.supervisor.status())["addresses"]
+        (again,) = (await status(made.supervisor))["addresses"]
         assert again["address"] == address["address"]
         await typed(made, "httpd -p 80 -h /www")
         assert (await fetched(made)).startswith(b"HTTP/1.")

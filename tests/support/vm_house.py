@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pyvpnkit.keeper import descendants
-from vm import settings
+from vm import settings_file
 from vm.api import Hypervisor, Plan, Sidecar, StateDir, VmSpec
 from vm.hypervisors import fake
 from vm.supervisor.home import Home
@@ -127,7 +127,7 @@ async def house(
     with short_directory() as directory:
         home = Home(directory / "s")
         home.prepare()
-        wanted = settings.load(write(directory, text, *words))
+        wanted = settings_file.load(write(directory, text, *words))
         made = House(Supervisor(wanted, home, driver or fake.DRIVER, build=build))
         try:
             yield made

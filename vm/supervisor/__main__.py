@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from netstack.errors import ConfigError, HostError, NetstackError
-from vm import settings
+from vm import settings_file
 from vm.hypervisors import registry
+from vm.settings import VmSettings
 from vm.supervisor.building import build, disagreements
 from vm.supervisor.control import serving
 from vm.supervisor.home import Home
@@ -64,7 +65,7 @@ class Report:
             self._descriptor = None
 
 
-async def supervise(home: Home, wanted: settings.VmSettings, report: Report) -> State:
+async def supervise(home: Home, wanted: VmSettings, report: Report) -> State:
     """With the lock held: until the machine is down. Raises `ConfigError`."""
     left = home.reclaim()
     home.write("result", {"state": State.FAILED.value, "reason": "the supervisor was killed"})  # unless it says better
@@ -106,7 +107,7 @@ def _with_degraded(entry: Entry, supervisor: Supervisor) -> Entry:
             **entry,
             "degraded": dict(supervisor.degraded),
             "published": list(supervisor.published.held.values()),
-            "docker_socket": str(supervisor.docker or ""),
+            "docker_socket": str(supervisor.docker.path) if supervisor.docker is not None else "",
         }
     return entry
 
@@ -130,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise HostError(f"it is up already (supervisor {home.holder()}); `pyvpnkit vm down` stops it")
         with contextlib.closing(held):
             _log_to(home, foreground=parsed.foreground)
-            wanted = settings.load(parsed.file)
+            wanted = settings_file.load(parsed.file)
             state = asyncio.run(supervise(home, wanted, report))
     except NetstackError as error:
         report.say({"kind": "error", "text": str(error), "status": 2 if isinstance(error, ConfigError) else 1})

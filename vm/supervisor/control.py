@@ -23,6 +23,7 @@ from aiohttp import web
 from netstack.errors import ConfigError, NetstackError
 from netstack.link.listening import UnixSocket, peer_uid
 from vm.api import Unsupported
+from vm.supervisor.status import status
 from vm.supervisor.supervisor import Supervisor
 
 MAX_BODY: Final = 64 << 10
@@ -96,7 +97,7 @@ class _Routes:
         self._supervisor = supervisor
 
     async def status(self, _request: web.Request) -> web.Response:
-        return web.json_response(await self._supervisor.status())
+        return web.json_response(await status(self._supervisor))
 
     async def events(self, request: web.Request) -> web.StreamResponse:
         after = request.query.get("after", "0")

@@ -135,15 +135,15 @@ async def serve_host(supervisor: Supervisor, streams: Vsock | None) -> None:
     """docker.sock, and the guest's time. What cannot be had is degraded."""
     settings, outside = supervisor.settings, supervisor.outside
     dial = _docker(supervisor, streams)
-    if dial is not None:
+    if supervisor.docker is not None:
+        supervisor.docker.ready()
+    elif dial is not None:
         path = docker_path(settings, supervisor.home.state)
         try:
-            served = DockerSocket(path, dial)
+            supervisor.docker = DockerSocket(path, dial)
         except ConfigError as error:
             supervisor.degrade("docker_socket", str(error))
         else:
-            outside.push_async_callback(served.close)
-            supervisor.docker = path
             supervisor.journal.add("published", f"docker.sock is {path}")
     port = settings.vsock_ports.get("timesync")
     if settings.timesync and streams is not None and port is not None:

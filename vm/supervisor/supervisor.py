@@ -20,7 +20,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
@@ -28,6 +27,7 @@ from typing import Any, Final
 
 from netstack.errors import ConfigError, HostError, NetstackError
 from vm.api import EventKind, Hypervisor, Machine, Sidecar, Vsock
+from vm.docker_socket import DockerSocket
 from vm.settings import VmSettings
 from vm.supervisor import probes, services
 from vm.supervisor.design import Design, built, design, missing
@@ -41,8 +41,6 @@ from vm.supervisor.watch import Watch
 
 log = logging.getLogger("vm.supervisor")
 
-STATUS_S: Final = 2.0
-"""How long a status waits for the network."""
 GONE_S: Final = 0.5
 """How long a machine may take to end after a part beside it that ends with it."""
 
@@ -68,8 +66,8 @@ class Supervisor:
         self.degraded: dict[str, str] = {}
         """Parts that are away, and why."""
         self.design: Design = design(settings, home, driver)
-        self.docker: Path | None = None
-        """Where docker.sock is, while it is served."""
+        self.docker: DockerSocket | None = None
+        """From the first time it is ready to the end of all; its clients wait while the machine comes again."""
         self.lease_before = 0.0
         """When the lease that the guest had before it was started ends at the latest, on the loop's clock."""
         self._driver = driver
@@ -86,7 +84,7 @@ class Supervisor:
         self._watches: list[Watch] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self.outside = contextlib.AsyncExitStack()
-        """What only a machine that is ready has: docker.sock, the time's keeper."""
+        """What only a machine that is ready has."""
         self._down = asyncio.Event()
         self._kill = asyncio.Event()
 
@@ -126,44 +124,6 @@ class Supervisor:
             raise HostError(f"{self.settings.name} is {self.state.value}, not up")
         return self._machine
 
-    async def status(self) -> dict[str, Any]:
-        """Everything at a glance, in values of JSON."""
-        state = self.home.state
-        addresses = []
-        if self.design.spec.nics and self.state in UP:
-            with contextlib.suppress(NetstackError, TimeoutError):
-                async with asyncio.timeout(STATUS_S):
-                    leases = await self.network.leases()
-                addresses = [one for one in leases if one.get("mac") == self.design.spec.nics[0].mac]
-        shares = [
-            {"tag": one.tag, "source": str(one.source), "target": one.target, "kind": one.kind, "owner": one.owner}
-            for one in self.design.spec.shares
-        ]
-        return {
-            "name": self.settings.name,
-            "file": str(self.settings.file),
-            "driver": self._driver.name,
-            "state": self.state.value,
-            "since": round(self.since, 3),
-            "reason": self.reason,
-            "paused": self.paused,
-            "pid": self.pid,
-            "supervisor": os.getpid(),
-            "last_event": self.journal.last,
-            "restarts": self.restarts,
-            "restarts_max": self.settings.restart.max,
-            "degraded": dict(self.degraded),
-            "parts": [{"name": one.name, "pid": one.pid, "restarts": one.restarts} for one in self.parts.values()],
-            "addresses": addresses,
-            "published": list(self.published.held.values()),
-            "shares": shares,
-            "mounts": list(self.design.mounts),
-            "docker_socket": str(self.docker) if self.docker is not None else None,
-            "console": str(state.console),
-            "console_log": str(state.console_log),
-            "network_control": str(state.network_control) if self.design.network is not None else None,
-        }
-
     def degrade(self, name: str, why: str) -> None:
         """Something of the machine is not to be had; it goes on without."""
         self.degraded[name] = why
@@ -187,6 +147,7 @@ class Supervisor:
                         await asyncio.wait_for(self._down.wait(), wait_s)
         finally:
             await asyncio.gather(*self._tasks, return_exceptions=True)
+            await self._docker_down(again=False)
             await self._network_down()
             self.home.sweep(served=self.home.state.control)
             if self.state not in ENDS:
@@ -401,7 +362,7 @@ class Supervisor:
         """The machine; what was started for it follows by the attempt's stack."""
         await self.published.withdraw()
         await self.outside.aclose()
-        self.docker = None
+        await self._docker_down(again=verdict.counts or verdict.cause is Cause.RESTART)
         for watch in self._watches:
             await watch.close()  # programs beside it may end with it
         self._watches.clear()
@@ -416,6 +377,14 @@ class Supervisor:
             await machine.kill()
         except NetstackError as error:
             self.journal.add("progress", str(error), level=logging.WARNING)
+
+    async def _docker_down(self, *, again: bool) -> None:
+        if self.docker is None:
+            return
+        self.docker.ready(False)
+        if not again:
+            await self.docker.close()
+            self.docker = None
 
     async def _ask(self, machine: Machine) -> bool:
         """Ask the guest to power down; whether it did in time."""

@@ -16,6 +16,7 @@ from netstack.errors import HostError
 from tests.support.vm_house import FAST, house
 from vm.supervisor import services
 from vm.supervisor.lifecycle import ENDS, TRANSITIONS, Cause, Input, State, Verdict, backoff
+from vm.supervisor.status import status
 
 ALONE = "network: none\n" + FAST
 
@@ -130,7 +131,7 @@ async def test_a_paused_machine_goes_on_to_power_down() -> None:
     async with house(ALONE) as made:
         await made.ready()
         await made.supervisor.pause()
-        assert (await made.supervisor.status())["paused"] is True
+        assert (await status(made.supervisor))["paused"] is True
         made.supervisor.down()
         assert await made.over() is State.STOPPED
         assert "killing" not in made.said
@@ -257,8 +258,8 @@ async def test_what_is_down_cannot_be_paused() -> None:
 async def test_docker_sock_leads_to_the_guest_and_goes_before_it() -> None:
     async with house(ALONE + "docker_socket: docker.sock\n", "serve=2376:docker", "powerdown=ignore") as made:
         await made.ready()
-        status = await made.supervisor.status()
-        assert status["docker_socket"] == str(made.home.state.docker)
+        found = await status(made.supervisor)
+        assert found["docker_socket"] == str(made.home.state.docker)
         reader, writer = await asyncio.open_unix_connection(made.home.state.docker)
         writer.write(b"GET /_ping HTTP/1.1\r\nHost: d\r\n\r\n")
         assert b"Docker" in await reader.read()
@@ -266,6 +267,18 @@ async def test_docker_sock_leads_to_the_guest_and_goes_before_it() -> None:
         made.supervisor.down()
         await made.until(lambda: "asked to power down" in made.said)
         assert not made.home.state.docker.exists()
+
+
+async def test_clients_of_docker_sock_wait_while_the_machine_comes_again() -> None:
+    async with house(ALONE + "docker_socket: docker.sock\n", "serve=2376:docker", "boot=0.3") as made:
+        await made.ready()
+        await made.order(order="crash")
+        await made.until(lambda: made.supervisor.state is State.CREATED)
+        reader, writer = await asyncio.open_unix_connection(made.home.state.docker)
+        writer.write(b"GET /_ping HTTP/1.1\r\nHost: d\r\n\r\n")
+        assert b"Docker" in await reader.read()
+        writer.close()
+        assert made.states.count("ready") == 2
 
 
 async def test_the_guests_clock_is_looked_after_while_it_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:

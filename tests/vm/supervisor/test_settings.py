@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from netstack.errors import ConfigError
 from portfwd.spec import PublishSpec
-from vm import settings
+from vm import settings_file
 from vm.settings import VmSettings
 
 HERE = Path("/machines/one/vm.yml")
@@ -19,7 +19,7 @@ BOOT = "boot: {kernel: k}\n"
 
 
 def of(text: str) -> VmSettings:
-    return settings.of_text(text, HERE, check_publish=PublishSpec.parse)
+    return settings_file.of_text(text, HERE, check_publish=PublishSpec.parse)
 
 
 def complaints(text: str) -> list[str]:
@@ -164,8 +164,8 @@ def test_a_word_stands_for_a_whole_section() -> None:
 
 
 def test_the_name_follows_from_the_file() -> None:
-    assert settings.of_text(BOOT, Path("/a/tiny.yml")).name == "tiny"
-    assert settings.of_text(BOOT, Path("/a b/vm.yml")).name == "a-b"
+    assert settings_file.of_text(BOOT, Path("/a/tiny.yml")).name == "tiny"
+    assert settings_file.of_text(BOOT, Path("/a b/vm.yml")).name == "a-b"
 
 
 def test_docker_by_tcp_needs_no_vsock() -> None:
@@ -175,13 +175,13 @@ def test_docker_by_tcp_needs_no_vsock() -> None:
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
-        settings.load(tmp_path / "none.yml")
+        settings_file.load(tmp_path / "none.yml")
 
 
 @given(st.text(max_size=200))
 def test_any_text_is_settings_or_a_complaint(text: str) -> None:
     try:
-        settings.of_text(text, HERE)
+        settings_file.of_text(text, HERE)
     except ConfigError as error:
         assert str(error)
 
@@ -200,6 +200,6 @@ def test_any_text_is_settings_or_a_complaint(text: str) -> None:
 )
 def test_any_shape_is_settings_or_a_complaint(value: object) -> None:
     try:
-        settings.of_text(json.dumps(value), HERE)
+        settings_file.of_text(json.dumps(value), HERE)
     except ConfigError as error:
         assert str(error)
