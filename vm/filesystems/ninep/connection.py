@@ -105,6 +105,8 @@ class Connection(asyncio.Protocol):
     def resume_writing(self) -> None:
         self._stalled = False
         self._keep_open()
+        if not self.session.msize:
+            self._close_in(HELLO_S, "said no version")
         self._pump()
 
     def connection_lost(self, _error: Exception | None) -> None:

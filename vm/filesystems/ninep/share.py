@@ -175,16 +175,16 @@ class Share:
                 undo(name, dir_fd=parent)
             raise
 
-    def _made(self, directory: Node, parent: int, name: bytes, mode: int, asker: Asker) -> Qid:
-        """It was made on the host: now it gets its owner."""
+    def _made(self, directory: Node, parent: int, name: bytes, found: int, mode: int, asker: Asker) -> Qid:
+        """What was made on the host, and is `found`, gets its owner."""
         undo = os.rmdir if stat.S_ISDIR(mode) else os.unlink
         with self._undone(undo, name, parent):
-            node = self.nodes.found(beneath.find(parent, name), directory, name)
+            node = self.nodes.found(found, directory, name)
         try:
+            kind = stat.S_IFREG if self.owners.maps_kinds and not stat.S_ISDIR(mode) else stat.S_IFMT(mode)
+            if node.kind != kind:
+                raise refuse(errno.ESTALE)  # somebody has put something else there meanwhile, which is none of ours
             with self._undone(undo, name, parent), node.held() as fd:
-                kind = stat.S_IFREG if self.owners.maps_kinds and not stat.S_ISDIR(mode) else stat.S_IFMT(mode)
-                if node.kind != kind:
-                    raise refuse(errno.ESTALE)  # somebody has replaced it
                 self.owners.created(fd, mode, asker)
             return self.qid(node)
         finally:
@@ -195,13 +195,14 @@ class Share:
         mode = stat.S_IFDIR | mode & 0o7777
         with directory.held() as parent:
             os.mkdir(name, self.owners.host_mode(mode), dir_fd=parent)
-            return self._made(directory, parent, name, mode, asker)
+            return self._made(directory, parent, name, beneath.find(parent, name), mode, asker)
 
-    def _plain(self, parent: int, name: bytes, content: bytes = b"") -> None:
-        """A file that stands for something else."""
+    def _plain(self, parent: int, name: bytes, content: bytes = b"") -> int:
+        """Make a file that stands for something else; as `beneath.find` finds it."""
         fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=parent)
         try:
             os.write(fd, content)
+            return beneath.same(fd)
         finally:
             os.close(fd)
 
@@ -213,10 +214,11 @@ class Share:
             raise refuse(errno.ENAMETOOLONG)
         with directory.held() as parent:
             if self.owners.maps_kinds:
-                self._plain(parent, name, target)
+                found = self._plain(parent, name, target)
             else:
                 os.symlink(target, name, dir_fd=parent)
-            return self._made(directory, parent, name, stat.S_IFLNK | 0o777, asker)
+                found = beneath.find(parent, name)
+            return self._made(directory, parent, name, found, stat.S_IFLNK | 0o777, asker)
 
     def mknod(self, directory: Node, name: bytes, mode: int, asker: Asker) -> Qid:
         """A fifo, a socket, or a plain file; EPERM for a device, which nobody may make here."""
@@ -229,10 +231,11 @@ class Share:
         mode = kind | mode & 0o7777
         with directory.held() as parent:
             if self.owners.maps_kinds or kind == stat.S_IFREG:
-                self._plain(parent, name)
+                found = self._plain(parent, name)
             else:
                 os.mknod(name, kind | self.owners.host_mode(mode), dir_fd=parent)
-            return self._made(directory, parent, name, mode, asker)
+                found = beneath.find(parent, name)
+            return self._made(directory, parent, name, found, mode, asker)
 
     def link(self, directory: Node, name: bytes, node: Node) -> None:
         self.writable()

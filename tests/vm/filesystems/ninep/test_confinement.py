@@ -223,6 +223,23 @@ def test_what_something_else_has_replaced_is_not_removed_by_fid(client: Client, 
     assert (export / "file").read_bytes() == b"another" and (export / "moved").read_bytes() == b"1"
 
 
+def test_what_is_put_in_the_place_of_a_new_directory_is_not_given_away(
+    client: Client, export: Path, outside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another program of the host is faster than the server's second look."""
+    real = os.mkdir
+
+    def exchanged(name: bytes, mode: int, *, dir_fd: int) -> None:
+        real(name, mode, dir_fd=dir_fd)
+        os.rmdir(name, dir_fd=dir_fd)
+        os.symlink(outside, name, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "mkdir", exchanged)
+    before = outside.stat()
+    refused(errno.ESTALE, client.mkdir, "dir", 0o777)
+    assert (export / "dir").is_symlink() and outside.stat() == before
+
+
 @pytest.mark.parametrize("owner", ["passthrough", "mapped", "requester"])
 def test_with_few_descriptors_files_are_found_again(export: Path, owner: str) -> None:
     """Names are what is left of most; they follow renames by clients, and never lead to another file."""

@@ -223,6 +223,7 @@ def test_nodes_are_bounded(export: Path) -> None:
             client.mkdir("d", begin=at) if not client.list(begin=at) else None
             client.call(m.Twalk(1, at, at, (b"d",)), m.Rwalk)
         refused(errno.ENFILE, client.mkdir, "d", begin=at)
+        assert client.list(begin=at) == [], "it was not made"
         client.clunk(at)
         client.store("file", b"")
         assert place.server.describe()["over"]["nodes"] == 1

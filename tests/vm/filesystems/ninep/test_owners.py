@@ -205,6 +205,24 @@ def test_requester_by_attach_on_one_connection(export: Path) -> None:
         assert client.stat("file").uid == 0
 
 
+@pytest.mark.parametrize("owner", ["passthrough", "mapped", "requester"])
+def test_what_cannot_be_given_its_owner_is_not_made(export: Path, owner: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no room for an attribute")
+
+    with site(export, owner) as place:
+        client = place.client()
+        monkeypatch.setattr(place.server.share.owners, "created", full)
+        for what in (
+            lambda: client.create("file"),
+            lambda: client.mkdir("dir"),
+            lambda: client.symlink("link", "x"),
+            lambda: client.mknod("fifo", stat.S_IFIFO | 0o600),
+        ):
+            refused(errno.ENOSPC, what)
+        assert list(export.iterdir()) == []
+
+
 @root_only
 def test_requester_keeps_a_chown_of_a_file_that_its_user_may_not_write() -> None:
     with tempfile.TemporaryDirectory() as place, unprivileged(Path(place), "requester") as (client, export):
