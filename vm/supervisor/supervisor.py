@@ -31,6 +31,7 @@ from vm.docker_socket import DockerSocket
 from vm.settings import VmSettings
 from vm.supervisor import probes, services
 from vm.supervisor.design import Design, built, design, missing
+from vm.supervisor.ending import end
 from vm.supervisor.home import Home
 from vm.supervisor.journal import Journal
 from vm.supervisor.lifecycle import ENDS, TRANSITIONS, UP, Cause, Input, State, Verdict, backoff
@@ -369,14 +370,15 @@ class Supervisor:
         machine = self._machine
         if machine is None or self._gone.is_set():
             return
-        askable = self.design.caps.acpi and verdict.cause is not Cause.CRASHED
-        if askable and not self._kill.is_set() and await self._ask(machine):
-            return
-        self.journal.add("progress", "killing the machine")
-        try:
-            await machine.kill()
-        except NetstackError as error:
-            self.journal.add("progress", str(error), level=logging.WARNING)
+        asked = self.design.caps.acpi and verdict.cause is not Cause.CRASHED
+        await end(
+            machine,
+            self.journal,
+            gone=self._gone,
+            hurry=self._kill,
+            grace_s=self.settings.stop.grace_s if asked else None,
+            paused=self.paused,
+        )
 
     async def _docker_down(self, *, again: bool) -> None:
         if self.docker is None:
@@ -385,26 +387,6 @@ class Supervisor:
         if not again:
             await self.docker.close()
             self.docker = None
-
-    async def _ask(self, machine: Machine) -> bool:
-        """Ask the guest to power down; whether it did in time."""
-        grace_s = self.settings.stop.grace_s
-        try:
-            if self.paused:
-                await machine.resume()
-            await machine.powerdown()
-        except NetstackError as error:
-            self.journal.add("progress", f"the guest cannot be asked: {error}", level=logging.WARNING)
-            return False
-        self.journal.add("progress", "the guest is asked to power down")
-        waiting = [asyncio.create_task(one.wait()) for one in (self._gone, self._kill)]
-        await asyncio.wait(waiting, timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
-        for one in waiting:
-            one.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)
-        if not self._gone.is_set() and not self._kill.is_set():
-            self.journal.add("progress", f"the guest did not power down within {grace_s:g} s", level=logging.WARNING)
-        return self._gone.is_set()
 
     # The network, which outlives attempts.
 

@@ -14,7 +14,7 @@ import pytest
 
 from netstack.errors import HostError
 from tests.support.vm_house import FAST, house
-from vm.supervisor import services
+from vm.supervisor import ending, services
 from vm.supervisor.lifecycle import ENDS, TRANSITIONS, Cause, Input, State, Verdict, backoff
 from vm.supervisor.status import status
 
@@ -114,6 +114,25 @@ async def test_a_guest_that_takes_its_time_is_waited_for() -> None:
         made.supervisor.down()
         assert await made.over() is State.STOPPED
         assert "killing" not in made.said
+
+
+async def test_a_guest_that_did_not_hear_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ending, "AGAIN_S", 0.1)
+    pressed: list[float] = []
+    async with house(ALONE + "stop: {grace: 1}\n", "powerdown=ignore") as made:
+        await made.ready()
+        machine = made.supervisor._machine
+        assert machine is not None
+        press = machine.powerdown
+
+        async def powerdown() -> None:
+            pressed.append(asyncio.get_running_loop().time())
+            await press()
+
+        monkeypatch.setattr(machine, "powerdown", powerdown)
+        made.supervisor.down()
+        await made.over()
+    assert len(pressed) > 2
 
 
 async def test_who_has_no_patience_may_kill_while_it_is_waited_for() -> None:
