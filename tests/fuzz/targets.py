@@ -20,6 +20,7 @@ from netstack.settings import Limits
 from netstack.tcp.receiver import Receiver
 from netstack.wire import arp, dhcp, ethernet, icmp, ipv4, tcp, udp
 from tests.fuzz.bend import spoil
+from tests.fuzz.companions import z17_companions
 from tests.fuzz.hostside import z16_hostside
 from tests.fuzz.mux import z14_mux
 from tests.fuzz.names import z9_names
@@ -487,4 +488,5 @@ TARGETS: dict[str, Callable[[random.Random], None]] = {
     "z14_mux": z14_mux,
     "z15_ports": z15_ports,
     "z16_hostside": z16_hostside,
+    "z17_companions": z17_companions,
 }

@@ -24,11 +24,12 @@ CASES = {
     "z14_mux": 300,
     "z15_ports": 2500,
     "z16_hostside": 2000,
+    "z17_companions": 250,
 }
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_g13_z1_z2_z4_z5_z6_z7_z8_z9_z10_z12_z13_z14_z15_z16_fuzz_targets_hold(target: str) -> None:
+def test_g13_z1_z2_z4_z5_z6_z7_z8_z9_z10_z12_z13_z14_z15_z16_z17_fuzz_targets_hold(target: str) -> None:
     for seed in range(CASES[target]):
         try:
             TARGETS[target](random.Random(seed))
