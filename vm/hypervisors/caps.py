@@ -72,6 +72,7 @@ TABLE: Final[Mapping[str, Traits]] = {
             acpi=True,
             pty=True,
             serves_virtiofs=True,
+            cmdline="console=hvc0",
         ),
         disks=_RAW,
         accels=_HVF,
@@ -100,6 +101,7 @@ TABLE: Final[Mapping[str, Traits]] = {
             pause=True,
             acpi=True,
             rejoins_network=True,
+            cmdline="console=ttyS0 reboot=k panic=1",  # a reset by the keyboard's controller is how its guest ends
         ),
         disks=_RAW,
         accels=_KVM,

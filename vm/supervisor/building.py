@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from netstack.errors import ConfigError, HostError, NetstackError
-from vm.build.build import CMDLINE, Built
+from vm.build.build import Built
 from vm.build.build import build as build_machine
 from vm.hypervisors.process import spawn
 from vm.linuxkit import vsock_table
@@ -50,12 +50,12 @@ def make(linuxkit: Path, out: Path, *, say: Callable[[str], None]) -> Built:
     return built
 
 
-def command_line(linuxkit: Path) -> str:
-    """The kernel's command line as the file has it; its default where there is no file yet. Raises `ConfigError`."""
+def command_line(linuxkit: Path) -> str | None:
+    """The kernel's command line, where the file is there and has one. Raises `ConfigError`."""
     if not linuxkit.is_file():
-        return CMDLINE
+        return None
     kernel = load(linuxkit).kernel
-    return (kernel.cmdline if kernel is not None else None) or CMDLINE
+    return kernel.cmdline if kernel is not None else None
 
 
 def disagreements(settings: VmSettings) -> tuple[str, ...]:

@@ -26,7 +26,6 @@ from vm.api import (
     VmSpec,
     VsockSpec,
 )
-from vm.build.build import CMDLINE
 from vm.filesystems import ninep_share, registry
 from vm.settings import SHARE_KINDS, ShareSettings, VmSettings, disks_of, shares_of
 from vm.supervisor import building, network
@@ -115,7 +114,7 @@ def spec_of(settings: VmSettings, home: Home, driver: Hypervisor) -> VmSpec:
         memory_mib=settings.memory_mib,
         kernel=kernel,
         initrd=initrd,
-        cmdline=_command_line(settings),
+        cmdline=_command_line(settings, driver.caps),
         disks=disks_of(settings),
         nics=nics,
         shares=shares,
@@ -132,11 +131,11 @@ def _served(ports: Mapping[str, int], shares: Sequence[Share]) -> dict[str, int]
     return {name: port for name, port in ports.items() if name == "control"} | files
 
 
-def _command_line(settings: VmSettings) -> str:
+def _command_line(settings: VmSettings, caps: Caps) -> str:
     boot = settings.boot
     if boot.cmdline is not None:
         return boot.cmdline
-    return building.command_line(boot.linuxkit) if boot.linuxkit is not None else CMDLINE
+    return (building.command_line(boot.linuxkit) if boot.linuxkit is not None else None) or caps.cmdline
 
 
 def design(settings: VmSettings, home: Home, driver: Hypervisor) -> Design:

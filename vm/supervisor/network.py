@@ -18,6 +18,7 @@ import aiohttp
 
 from netstack.errors import ConfigError, HostError
 from vm.api import Lost, Nic, NicKind, Sidecar, StateDir, VsockKind
+from vm.hypervisors import tap
 from vm.settings import VmSettings
 
 LIMIT_S: Final = 10.0
@@ -31,7 +32,7 @@ LINKS: Final[Mapping[NicKind, str]] = {
     "qemu-dgram": "unixgram",
     "unixgram": "unixgram",
     "vmnet": "vmnet",
-    "tap": "tap",
+    "tap": "packet",  # its descriptor is the hypervisor's
 }
 """The scheme of `--link` for each kind of card."""
 
@@ -43,6 +44,8 @@ def sidecar(settings: VmSettings, nic: Nic, state: StateDir, vsock: VsockKind | 
     """How the network of a machine is started."""
     scheme = LINKS[nic.kind]
     where = nic.tap if nic.kind == "tap" else str(nic.socket).replace(",", ",,")
+    if nic.kind == "vhost-user" and nic.mac:
+        where += f",mac={nic.mac}"  # for those that cannot tell the guest themselves
     argv = [sys.executable, "-m", "pyvpnkit", "run"]
     if settings.network.config is not None:
         argv += ["--config", str(settings.network.config)]
@@ -58,6 +61,8 @@ def sidecar(settings: VmSettings, nic: Nic, state: StateDir, vsock: VsockKind | 
     if "forwarder" in ports and (how := forwarder(settings, state, vsock)):
         argv += ["--forwarder", how]
     argv += [*settings.network.options, "--ready-fd", "{ready_fd}"]
+    if nic.kind == "tap":
+        argv = list(tap.behind(nic, argv))
     return Sidecar(name=NAME, argv=tuple(argv), lost=Lost.RESTART)
 
 
