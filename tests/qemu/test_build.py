@@ -31,11 +31,11 @@ SHELL = 'stty -echo; while read -r tag line; do (eval "$line") </dev/null 2>&1; 
 class Guest(machine.Machine):
     """A machine with its console and QMP, on a network that leads nowhere."""
 
-    def __init__(self, made: Built, directory: Path, *words: str) -> None:
+    def __init__(self, made: Built, kernel: Path, directory: Path, *words: str) -> None:
         self._qmp = directory / "qmp"
         command = [machine.QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
         command += ["-accel", "tcg,thread=multi", "-M", "q35", "-cpu", "max", "-m", "512", "-serial", "stdio"]
-        command += ["-kernel", str(made.kernel), "-initrd", str(made.initrd), "-append", made.cmdline]
+        command += ["-kernel", str(kernel), "-initrd", str(made.initrd), "-append", made.cmdline]
         command += ["-netdev", "user,id=n,restrict=on", "-device", "virtio-net-pci,netdev=n,romfile="]
         super().__init__([*command, "-qmp", f"unix:{self._qmp},server=on,wait=off", *words])
         try:
@@ -105,7 +105,7 @@ def tiny(short: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gues
     share = tmp_path_factory.mktemp("share")
     (share / "file").write_text("of the host\n")
     words = ["-fsdev", f"local,id=f,path={share},security_model=mapped-xattr"]
-    guest = Guest(built, short, *words, "-device", "virtio-9p-pci,fsdev=f,mount_tag=share")
+    guest = Guest(built, built.kernel, short, *words, "-device", "virtio-9p-pci,fsdev=f,mount_tag=share")
     yield guest
     guest.kill()
 
@@ -250,9 +250,11 @@ def entries() -> str:
 
 @pytest.fixture(scope="module")
 def thorough(short: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
+    """Another, and the kernel without its compression."""
     built = made(YAML % entries(), tmp_path_factory.mktemp("thorough"))
     assert not built.warnings, [str(warning) for warning in built.warnings]
-    guest = Guest(built, short)
+    assert built.vmlinux.read_bytes()[:4] == b"\x7fELF"
+    guest = Guest(built, built.vmlinux, short)
     yield guest
     guest.kill()
 

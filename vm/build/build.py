@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from netstack.errors import ConfigError, HostError
-from vm.build import cpio, init, kernel
+from vm.build import cpio, init, kernel, vmlinux
 from vm.build.archive import Cache
 from vm.build.container import Warning
 from vm.build.sources import Sources
@@ -20,9 +20,12 @@ CMDLINE: Final = "console=ttyS0"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Built:
-    """What there is now. `modules` is the kernel's release, empty where it came without any."""
+    """What there is now. `release` is of the kernel's modules, empty where it came without any."""
 
     kernel: Path
+    vmlinux: Path
+    """The kernel without its compression, which some hypervisors want and none has to decompress; where it is compressed in a way
+    not known here, `kernel` again."""
     initrd: Path
     cmdline: str
     release: str
@@ -46,7 +49,7 @@ def build(
     refresh: bool = False,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Built:
-    """Make `kernel`, `initrd.img` and `cmdline` in `out_dir`, which is made if it is not there.
+    """Make `kernel`, `vmlinux`, `initrd.img` and `cmdline` in `out_dir`, which is made if it is not there.
 
     Relative paths of the YAML start at `base_directory`. Packages are those of the first time, unless `refresh`. `progress` is
     told each image, and what comes after them. Nothing needs root. Raises `ConfigError` for what is wrong in the YAML or behind
@@ -68,6 +71,8 @@ def build(
         out_dir.mkdir(parents=True, exist_ok=True)
         octets = cpio.write(tree, out_dir / "initrd.img", compression=compression, before=picked.microcode)
         cpio.replaced(out_dir / "kernel", picked.binary.chunks())
+        bare = vmlinux.uncompressed(picked.binary, sources.cache, str(machine.kernel.image))
+        cpio.replaced(out_dir / "vmlinux", (bare or picked.binary).chunks())
         cpio.replaced(out_dir / "cmdline", [cmdline.encode() + b"\n"])
     except UnicodeEncodeError as error:
         raise ConfigError(f"{error.object!r}: has a character that no file can have") from None
@@ -77,6 +82,7 @@ def build(
         raise HostError(f"{error.filename or out_dir}: {error.strerror}") from None
     return Built(
         kernel=out_dir / "kernel",
+        vmlinux=out_dir / "vmlinux",
         initrd=out_dir / "initrd.img",
         cmdline=cmdline,
         release=picked.release,

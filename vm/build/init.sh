@@ -121,8 +121,13 @@ end() {
 		tries=$((tries + 1))
 	done
 	kill -KILL -1
-	sync
-	umount -a -r 2>/dev/null
+	# A share whose server is gone would hold this up for ever.
+	{ sync; umount -a -r; } 2>/dev/null &
+	tries=0
+	while kill -0 $! 2>/dev/null && [ $tries -lt 30 ]; do
+		usleep 100000
+		tries=$((tries + 1))
+	done
 	$down -f
 }
 
@@ -146,5 +151,9 @@ if [ -z "$down" ]; then
 	done
 	say "up after $(cut -d ' ' -f 1 /proc/uptime) s"
 fi
-while [ -z "$down" ]; do wait; done
+# A signal just before `wait` is seen when the next sleep ends; meanwhile orphans are buried.
+while [ -z "$down" ]; do
+	sleep 5 &
+	wait $!
+done
 end

@@ -63,6 +63,7 @@ def built(directory: Path, yaml: str = YAML, **given: Any) -> tuple[Built, dict[
 def test_what_lies_where(tmp_path: Path) -> None:
     made, files = built(tmp_path)
     assert made.kernel.read_text() == "bzImage"
+    assert made.vmlinux.read_text() == "bzImage", "whose compression nobody knows"
     assert (made.cmdline, (tmp_path / "out/cmdline").read_text()) == ("console=hvc0", "console=hvc0\n")
     assert (made.release, made.initrd_octets, made.files) == ("6", made.initrd.stat().st_size, len(files))
     assert files["init"].read().startswith(b"#!/bin/busybox sh\n") and files["init"].mode == stat.S_IFREG | 0o755
