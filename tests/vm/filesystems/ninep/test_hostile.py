@@ -8,6 +8,7 @@ import random
 import shutil
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from portfwd.ninep.wire import Qid
+from tests.support.ninep_client import Client
 from tests.vm.filesystems.ninep.site import Site, site
+from tests.vm.filesystems.ninep.test_limits import eventually
 from tests.vm.filesystems.ninep.test_session import refused
 from vm.filesystems.ninep import messages as m
 from vm.filesystems.ninep import wire
+from vm.filesystems.ninep.limits import Limits
 
 OWNERS = ("passthrough", "mapped", "requester")
 
@@ -122,18 +126,17 @@ def test_any_requests(attacked: Site, sent: list[m.Message]) -> None:
 
 
 def some_request(rng: random.Random, tag: int) -> m.Message:
-    """About few fids and few names."""
-    fid, new, name, other = (
-        rng.randrange(1, 6),
-        rng.randrange(1, 6),
-        rng.choice("abc").encode(),
-        rng.choice("abc").encode(),
-    )
+    """About few fids and few names, so that they meet."""
+    fid, new = rng.randrange(1, 16), rng.randrange(1, 16)
+    name, other = rng.choice(b"abcdefgh").to_bytes(), rng.choice(b"abcdefgh").to_bytes()
     return rng.choice(
         (
             m.Twalk(tag, 0, new, (name,)),
             m.Twalk(tag, 0, new, ()),
             m.Twalk(tag, fid, fid, (name,)),
+            m.Twalk(tag, fid, new, (name,)),
+            m.Tmkdir(tag, fid, name, 0o755, 0),
+            m.Trenameat(tag, fid, name, new, other),
             m.Tlopen(tag, fid, rng.choice((0, 2, 0x200))),
             m.Tlcreate(tag, fid, name, 2, 0o600, 0),
             m.Tclunk(tag, fid),
@@ -155,13 +158,10 @@ def some_request(rng: random.Random, tag: int) -> m.Message:
     )
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_requests_in_a_heap(attacked: Site, seed: int) -> None:
-    """Dozens at once, in threads: each is answered, or taken away by a Tflush, whose answer comes last."""
-    rng = random.Random(seed)
-    client = attacked.client(msize=8192)
+def heap(client: Client, rng: random.Random, count: int) -> None:
+    """Dozens of requests at once: each is answered, or taken away by a Tflush, whose answer comes last."""
     unanswered: set[int] = set()
-    for _ in range(2000):
+    for _ in range(count):
         tag = rng.choice([tag for tag in range(100, 160) if tag not in unanswered])
         client.send(some_request(rng, tag))
         unanswered.add(tag)
@@ -174,7 +174,30 @@ def test_requests_in_a_heap(attacked: Site, seed: int) -> None:
             unanswered.remove(client.receive().tag)
     while unanswered:
         unanswered.remove(client.receive().tag)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_requests_in_a_heap(attacked: Site, seed: int) -> None:
+    client = attacked.client(msize=8192)
+    heap(client, random.Random(seed), 2000)
     client.close()
+
+
+@pytest.mark.parametrize("owner", OWNERS)
+def test_clients_in_a_heap_with_few_descriptors(export: Path, owner: str) -> None:
+    """Files lose their descriptors and names all the time, under the hands of others; in the end nothing is held for anybody."""
+    with site(export, owner, limits=Limits(descriptors=32)) as place, ThreadPoolExecutor(3) as pool:
+        share = place.server.share
+        share.nodes._max_held = 3
+        clients = [place.client(uid, msize=8192) for uid in range(3)]
+        list(pool.map(lambda number: heap(clients[number], random.Random(number), 1500), range(3)))
+        assert share.nodes.evicted > 100
+        for client in clients:
+            client.close()
+        eventually(lambda: place.server.connections == 0)
+        assert (share.opened.used, len(share.locks), len(share.nodes), share.nodes.descriptors) == (0, 0, 1, 1)
+    opened = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    assert not [path for path in opened if path.startswith(str(export))]
 
 
 @pytest.mark.parametrize(
@@ -235,7 +258,7 @@ def test_a_deep_tree(attacked: Site) -> None:
     client = attacked.client()
     at = client.walk()
     for _ in range(50):
-        client.mkdir("d", begin=at)
-        client.call(m.Twalk(1, at, at, (b"d",)), m.Rwalk)
+        client.mkdir("deep", begin=at)
+        client.call(m.Twalk(1, at, at, (b"deep",)), m.Rwalk)
     client.store("bottom", b"here", begin=at)
-    assert client.load(*["d"] * 50, "bottom") == b"here"
+    assert client.load(*["deep"] * 50, "bottom") == b"here"
