@@ -32,6 +32,8 @@ MAX_OCTETS: Final = 4 << 30
 """Of one archive, unpacked: Debian's kernel has 0.4 GB, a container image with everything for machine learning 10 GB and more."""
 MAX_HEADER: Final = 1 << 20
 """Of one header with its extensions, which tarfile reads at once."""
+MAX_HEADERS: Final = 256 << 20
+"""Of all of them together: what global ones say is remembered to the end."""
 _CHUNK: Final = 1 << 20
 _DAMAGED: Final = (
     tarfile.TarError,
@@ -42,6 +44,7 @@ _DAMAGED: Final = (
     OverflowError,
     IndexError,
     KeyError,
+    RecursionError,
 )
 
 
@@ -213,10 +216,14 @@ class _Headers(io.RawIOBase):
 
     def __init__(self, window: Window, what: str) -> None:
         self._window, self._what = window, what
+        self._left = MAX_HEADERS
 
     def read(self, size: int = -1) -> bytes:
         if not 0 <= size <= MAX_HEADER:
             raise ConfigError(f"{self._what}: a header of more than {MAX_HEADER:,} octets")
+        self._left -= size
+        if self._left < 0:
+            raise ConfigError(f"{self._what}: headers of more than {MAX_HEADERS:,} octets in all")
         return self._window.read(size) or b""
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:

@@ -124,6 +124,27 @@ def test_a_header_without_end_is_not_read(tmp_path: Path) -> None:
             unpacked(tmp_path, octets)
 
 
+def pax(kind: bytes, number: int) -> bytes:
+    """A header with one more thing to remember."""
+    text = f"key{number:05}={'v' * 300}\n"
+    body = f"{len(text) + 4} {text}".encode()
+    return member("x", kind, size=len(body)).tobuf() + body + bytes(-len(body) % 512)
+
+
+def test_headers_without_end_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archive, "MAX_HEADERS", 100_000)
+    files = tar({"a": b""})[:512]
+    endless = b"".join(pax(tarfile.XGLTYPE, number) + files for number in range(200))
+    with pytest.raises(ConfigError, match=r"it: headers of more than 100,000 octets in all"):
+        unpacked(tmp_path, endless)
+
+
+def test_headers_of_headers_are_refused(tmp_path: Path) -> None:
+    nested = b"".join(pax(tarfile.XHDTYPE, number) for number in range(2000)) + tar({"a": b""})
+    with pytest.raises(ConfigError, match=r"it: no tar archive, or a damaged one"):
+        unpacked(tmp_path, nested)
+
+
 def test_a_file_that_is_cut_short(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"it: 'x' is cut short|it: no tar"):
         unpacked(tmp_path, tar({"x": b"y" * 5000})[: 512 + 600])
