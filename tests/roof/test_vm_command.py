@@ -21,6 +21,7 @@ import pytest
 from tests.roof.commands.conftest import Done
 from tests.support import golden
 from tests.support.vm_house import nothing_left, short_directory
+from vm.hypervisors.process import started
 from vm.supervisor.home import Home
 
 ROOT = Path(__file__).parents[2]
@@ -350,3 +351,12 @@ def test_on_a_terminal_the_progress_turns_and_stays(shell: Shell) -> None:
     os.close(master)
     assert b"box is ready after" in said
     assert b"\x1b[" in said
+
+
+def test_when_down_returns_not_even_the_supervisor_is_left(shell: Shell) -> None:
+    shell.write(ALONE)
+    for _ in range(3):
+        shell("up", "box.yml")
+        supervisor = shell.home().holder()
+        shell("down", "box")
+        assert started(supervisor) is None

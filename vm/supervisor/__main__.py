@@ -129,10 +129,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         held = home.lock()
         if held is None:
             raise HostError(f"it is up already (supervisor {home.holder()}); `pyvpnkit vm down` stops it")
-        with contextlib.closing(held):
-            _log_to(home, foreground=parsed.foreground)
-            wanted = settings_file.load(parsed.file)
-            state = asyncio.run(supervise(home, wanted, report))
+        # It is held to the very end of the process: who finds it free finds nothing of us.
+        _log_to(home, foreground=parsed.foreground)
+        wanted = settings_file.load(parsed.file)
+        state = asyncio.run(supervise(home, wanted, report))
     except NetstackError as error:
         report.say({"kind": "error", "text": str(error), "status": 2 if isinstance(error, ConfigError) else 1})
         if parsed.report_fd is None:
