@@ -177,6 +177,19 @@ def test_plan_is_the_same_word_for_word_and_starts_nothing(shell: Shell, driver:
     assert not (shell.directory / "s").exists()
 
 
+DRIVERS = ["qemu", "hyperkit", "vfkit", "cloud-hypervisor", "firecracker", "crosvm"]
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_the_example_can_be_planned_for_every_hypervisor(shell: Shell, driver: str) -> None:
+    plan = shell("plan", "--hypervisor", driver, str(ROOT / "examples" / "tiny.yml"), "--json")
+    assert plan.status == 0, plan.err
+    found = json.loads(plan.out)
+    assert found["driver"] == driver
+    assert "/var/share" in found["mounts"][0]
+    assert found["publish"] == ["8080:80"]
+
+
 def test_console_logs_events_and_list(shell: Shell) -> None:
     shell.write(ALONE)
     shell("up", "box.yml")

@@ -17,6 +17,7 @@ from vm.api import (
     Hypervisor,
     Nic,
     NicKind,
+    Owner,
     Plan,
     Share,
     ShareKind,
@@ -33,6 +34,8 @@ from vm.supervisor.home import Home
 
 NIC_ORDER: Final[tuple[NicKind, ...]] = ("vhost-user", "qemu-stream", "unixgram", "vmnet", "qemu-dgram", "tap")
 SHARE_ORDER: Final[tuple[ShareKind, ...]] = ("9p-local", "virtiofs", "9p-vsock", "9p-socket")
+OWNED_ORDER: Final[tuple[ShareKind, ...]] = ("9p-local", "9p-vsock", "9p-socket", "virtiofs")
+"""Where owners are not those of the host: not every virtiofsd can do that, and our own server can."""
 
 K = TypeVar("K", NicKind, ShareKind)
 
@@ -90,7 +93,9 @@ def spec_of(settings: VmSettings, home: Home, driver: Hypervisor) -> VmSpec:
     assert set(SHARE_ORDER) == set(SHARE_KINDS) - {"auto"}
 
     def share_kind(share: ShareSettings) -> ShareKind:
-        return _choose("shares", driver, share.kind, SHARE_ORDER, driver.caps.shares)
+        able = frozenset(kind for kind in driver.caps.shares if share.owner in _owners(driver.caps, kind))
+        order = SHARE_ORDER if share.owner == "passthrough" else OWNED_ORDER
+        return _choose(f"shares: owner {share.owner}", driver, share.kind, order, able)
 
     shares = shares_of(settings, share_kind)
     vsock = None
@@ -122,6 +127,13 @@ def spec_of(settings: VmSettings, home: Home, driver: Hypervisor) -> VmSpec:
         accel=settings.hypervisor.accel,
         extra=settings.hypervisor.extra,
     )
+
+
+def _owners(caps: Caps, kind: ShareKind) -> frozenset[Owner]:
+    """What a kind of share can do about owners."""
+    if kind == "virtiofs" and caps.serves_virtiofs:
+        return frozenset({"passthrough"})
+    return registry.load(kind).owners
 
 
 def _served(ports: Mapping[str, int], shares: Sequence[Share]) -> dict[str, int]:
