@@ -237,6 +237,19 @@ def test_other_ways_to_mount(guest: Machine, server: Server, options: str) -> No
         )
 
 
+def test_several_processes_at_once(guest: Machine, server: Server) -> None:
+    make = "mkdir -p /tmp/src; for i in 1 2 3 4 5 6; do dd if=/dev/urandom of=/tmp/src/$i bs=37k count=$i 2>/dev/null; done"
+    work = "mkdir w$w; cp /tmp/src/* w$w; mv w$w v$w; tar cf t$w -C v$w .; mkdir x$w; tar xf t$w -C x$w; rm -r v$w; cp -a x$w y$w"
+    with mounted(guest, server, "mapped") as folder:
+        guest.run(f"{make}; cd /m; for w in 1 2 3; do ({work}) & done; wait; sync", limit_s=120)
+        sums = guest.run("cd /tmp/src; sha256sum *").split()[::2]
+        for worker in "123":
+            for copy in "xy":
+                found = [(folder / f"{copy}{worker}" / name).read_bytes() for name in "123456"]
+                assert [hashlib.sha256(octets).hexdigest() for octets in found] == sums
+        assert guest.run("rm -r /m/* /tmp/src; ls /m", limit_s=60) == ""
+
+
 def test_mounted_by_a_descriptor_and_again(guest: Machine, server: Server) -> None:
     """A program connects and hands the descriptor to mount (spec companions 4.4)."""
     options = ",".join(("trans=fd", "rfdno=0", "wfdno=1", *OPTIONS))
