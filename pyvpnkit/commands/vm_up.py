@@ -19,6 +19,7 @@ from vm.settings import VmSettings
 from vm.supervisor.design import design
 from vm.supervisor.home import Home
 
+ENDS_S: Final = 10.0
 SHOWN_LINES: Final = 15
 MAX_LINE: Final = 1 << 20
 
@@ -91,6 +92,7 @@ def _wait(
             _welcome(entry, settings, home, progress)
             return 0
         if state in ("failed", "stopped"):
+            _ended(home)
             _epitaph(entry["text"], settings, home, progress)
             return 1
         if state in ("sidecars", "created"):
@@ -113,6 +115,13 @@ def _welcome(entry: dict[str, Any], settings: VmSettings, home: Home, progress: 
         progress.line(f"  docker     DOCKER_HOST=unix://{clean(docker)}")
     for name, why in entry.get("degraded", {}).items():
         progress.line(f"  degraded   {clean(name)}: {clean(why)}", bad=True)
+
+
+def _ended(home: Home) -> None:
+    """The supervisor has said its last; whoever comes next is to find its place free."""
+    until = time.monotonic() + ENDS_S
+    while home.holder() and time.monotonic() < until:
+        time.sleep(0.02)
 
 
 def _lines(text: str) -> str:

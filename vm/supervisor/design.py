@@ -111,7 +111,8 @@ def spec_of(settings: VmSettings, home: Home, driver: Hypervisor) -> VmSpec:
     boot = settings.boot
     kernel, initrd = boot.kernel, boot.initrd
     if boot.linuxkit is not None:
-        kernel, initrd = built(state) / "kernel", built(state) / "initrd.img"
+        kernel = built(state) / ("vmlinux" if driver.caps.elf_kernel else "kernel")
+        initrd = built(state) / "initrd.img"
     return VmSpec(
         name=settings.name,
         uuid=wanted.uuid or identity.uuid,

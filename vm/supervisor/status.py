@@ -40,6 +40,7 @@ async def status(supervisor: Supervisor) -> dict[str, Any]:
         "supervisor": os.getpid(),
         "last_event": supervisor.journal.last,
         "restarts": supervisor.restarts,
+        "resets": supervisor.resets,
         "restarts_max": supervisor.settings.restart.max,
         "degraded": dict(supervisor.degraded),
         "parts": [{"name": one.name, "pid": one.pid, "restarts": one.restarts} for one in supervisor.parts.values()],

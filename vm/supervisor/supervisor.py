@@ -42,6 +42,7 @@ from vm.supervisor.watch import Watch
 
 log = logging.getLogger("vm.supervisor")
 
+RESET_TOLD_S: Final = 1.0
 GONE_S: Final = 0.5
 """How long a machine may take to end after a part beside it that ends with it."""
 
@@ -64,6 +65,9 @@ class Supervisor:
         self.failures = 0
         """In a row."""
         self.restarts = 0
+        self.resets = 0
+        """Of the machine that runs."""
+        self._reset_told = 0.0
         self.degraded: dict[str, str] = {}
         """Parts that are away, and why."""
         self.design: Design = design(settings, home, driver)
@@ -137,41 +141,50 @@ class Supervisor:
         try:
             while True:
                 verdict = await self._attempt()
-                wait_s = self._again(verdict)
-                if wait_s is None:
+                if (last := self._last(verdict)) is not None:
+                    await self._finish()
+                    self._move(*last)
                     return self.state
-                if wait_s:
+                if wait_s := self._again(verdict):
                     self.journal.add(
                         "waiting", f"starting again in {wait_s:g} s ({self.failures} of {self.settings.restart.max})"
                     )
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(self._down.wait(), wait_s)
         finally:
-            await asyncio.gather(*self._tasks, return_exceptions=True)
-            await self._docker_down(again=False)
-            await self._network_down()
-            self.home.sweep(served=self.home.state.control)
+            await self._finish()
             if self.state not in ENDS:
                 self.state, self.reason = State.FAILED, "the supervisor failed; its log says how"
             self.home.write("result", {"state": self.state.value, "reason": self.reason, "since": time.time()})
             self.journal.end()
 
-    def _again(self, verdict: Verdict) -> float | None:
-        """After an attempt: how long to wait for the next one; `None` when it was the last."""
+    async def _finish(self) -> None:
+        """What lives from the first attempt to the last. Harmless when repeated."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._docker_down(again=False)
+        await self._network_down()
+        self.home.sweep(served=self.home.state.control)
+
+    def _last(self, verdict: Verdict) -> tuple[Input, str] | None:
+        """How all ends after an attempt; `None` when another follows."""
         settings = self.settings.restart
         if self._down.is_set() or verdict.cause in (Cause.ASKED, Cause.POWEROFF):
-            self._move(Input.GONE, verdict.text)
-            return None
+            return Input.GONE, verdict.text
         if verdict.cause is Cause.RESTART:
-            self.failures = 0
-            self._move(Input.AGAIN, verdict.text)
-            return 0.0
+            return None
         if not verdict.counts or settings.policy == "never" or self.failures > settings.max:
             more = f" ({self.failures} times in a row)" if self.failures > 1 else ""
-            self._move(Input.BROKEN, f"{verdict.text}{more}")
-            return None
-        self.restarts += 1
+            return Input.BROKEN, f"{verdict.text}{more}"
+        return None
+
+    def _again(self, verdict: Verdict) -> float:
+        """Another attempt follows; in how many seconds."""
+        settings = self.settings.restart
         self._move(Input.AGAIN, verdict.text)
+        if verdict.cause is Cause.RESTART:
+            self.failures = 0
+            return 0.0
+        self.restarts += 1
         return backoff(self.failures, settings.backoff_s, settings.backoff_most_s)
 
     async def _attempt(self) -> Verdict:
@@ -274,13 +287,14 @@ class Supervisor:
 
     def _part_lost(self, text: str) -> None:
         """A part that ends may have been told by the machine's own end, which then is what counts."""
-        self._later(self._unless_gone(text))
+        self._later(self._unless_gone(text, self._verdict))
 
-    async def _unless_gone(self, text: str) -> None:
+    async def _unless_gone(self, text: str, of: asyncio.Future[Verdict] | None) -> None:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._gone.wait(), GONE_S)
             await asyncio.sleep(0)
-        self._end(Cause.LOST, text)
+        if self._verdict is of:  # else it was of a machine that has ended meanwhile
+            self._end(Cause.LOST, text)
 
     def _later(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -293,6 +307,7 @@ class Supervisor:
         self._machine = machine
         self._gone.clear()
         self.paused = False
+        self.resets = 0
         if machine.pid:
             self.home.record("hypervisor", machine.pid)
         watching = asyncio.create_task(self._follow(machine), name="machine")
@@ -332,7 +347,7 @@ class Supervisor:
                     case EventKind.SHUTDOWN:
                         told, by_guest = True, event.by_guest
                     case EventKind.RESET:
-                        self.journal.add("reset", "the guest reboots" if event.by_guest else "the machine was reset")
+                        self._reset(by_guest=event.by_guest)
                     case EventKind.PANIC:
                         self._end(Cause.CRASHED, "the guest's kernel panicked")
                     case EventKind.PAUSED | EventKind.RESUMED:
@@ -356,6 +371,15 @@ class Supervisor:
         else:
             said = text.strip().splitlines()
             self._end(Cause.CRASHED, f"{name} ended with {how}" + (f": {said[-1]}" if said else ""))
+
+    def _reset(self, *, by_guest: bool) -> None:
+        """A guest may do so without end, and is not to fill our log by it."""
+        self.resets += 1
+        now = time.monotonic()
+        if now - self._reset_told >= RESET_TOLD_S:
+            self._reset_told = now
+            what = "the guest reboots" if by_guest else "the machine was reset"
+            self.journal.add("reset", f"{what} ({self.resets} since its start)")
 
     # Down.
 

@@ -17,6 +17,8 @@ from vm.supervisor.journal import Journal
 from vm.supervisor.lifecycle import backoff
 from vm.supervisor.parts import Part
 
+log = logging.getLogger("vm.supervisor")
+
 
 class Watch:
     """Watches one part from now on; `close` ends that. The part itself is left alone."""
@@ -49,6 +51,13 @@ class Watch:
         await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self) -> None:
+        try:
+            await self._look()
+        except Exception as error:  # a part without a watch would be worse than a machine that is down
+            log.exception("watching %s failed by a fault of ours", self._part.name)
+            self._lost(f"{self._part.name} is not watched: {error}")
+
+    async def _look(self) -> None:
         part, kind = self._part, self._part.sidecar.lost
         loop = asyncio.get_running_loop()
         failures = 0

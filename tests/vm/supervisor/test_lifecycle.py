@@ -60,6 +60,16 @@ async def test_a_guest_that_reboots_stays_up() -> None:
         assert (made.supervisor.state, made.supervisor.pid) == (State.READY, pid)
 
 
+async def test_a_guest_that_reboots_without_end_does_not_fill_the_log() -> None:
+    async with house(ALONE) as made:
+        await made.ready()
+        for _ in range(50):
+            await made.order(order="reboot")
+        await made.until(lambda: made.supervisor.resets == 50)
+        told = made.said.count("the guest reboots")
+        assert 0 < told < 50
+
+
 async def test_a_crash_is_followed_by_another_start() -> None:
     async with house(ALONE, "crash-after=0.2", "crash-times=1", "crash-status=3") as made:
         await made.until(lambda: made.states.count("ready") == 2)
