@@ -318,6 +318,16 @@ class Decoder:
     def feed(self, octets: bytes | bytearray | memoryview) -> None:
         self._waiting += octets
 
+    def size(self) -> int:
+        """Octets that the message at the front says it has; 0 where that is not known yet."""
+        return int.from_bytes(self._waiting[:4], "little") if len(self._waiting) >= 4 else 0
+
+    def take(self) -> bytes:
+        """What waits, whole or not: for who receives the rest of a long message elsewhere."""
+        waiting = bytes(self._waiting)
+        self._waiting.clear()
+        return waiting
+
     def next(self) -> bytes | None:
         """The next whole message. Raises `Malformed`, again and again, when a size cannot be believed: the stream is lost."""
         waiting = self._waiting

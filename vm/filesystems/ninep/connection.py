@@ -27,11 +27,13 @@ from vm.filesystems.ninep.share import Share
 
 log = logging.getLogger("pyvpnkit.ninep")
 
+BUFFER: Final = 1 << 16
+"""Octets that are read at once. A longer message is received in its own memory, from which a file is written."""
 HELLO_S: Final = 30.0
 STALL_S: Final = 60.0
 
 
-class Connection(asyncio.Protocol):
+class Connection(asyncio.BufferedProtocol):
     """`ended` is called when the client is gone and nothing is left of it."""
 
     def __init__(self, share: Share, pool: Pool, ended: Callable[[], None]) -> None:
@@ -40,15 +42,20 @@ class Connection(asyncio.Protocol):
         self._ended = ended
         self._limits = share.limits
         self._decoder = Decoder(share.limits.msize)
+        self._buffer = memoryview(bytearray(BUFFER))
+        self._large: bytearray | None = None
+        """A message that is longer than that, on its way: it is received where it stays ..."""
+        self._large_at = 0
+        """... and so much of it is there."""
         self._transport: asyncio.Transport | None = None
-        self._waiting: dict[int, bytes] = {}
+        self._waiting: dict[int, Octets] = {}
         """By tag, in the order in which they came."""
         self._octets = 0
         """Of those."""
         self._running: set[int] = set()
         self._flushes: dict[int, list[int]] = defaultdict(list)
         """Tags of Tflush, by those of what runs."""
-        self._version: bytes | None = None
+        self._version: Octets | None = None
         """A Tversion, for which all others are awaited ..."""
         self._version_runs = False
         """... or not any more."""
@@ -91,8 +98,14 @@ class Connection(asyncio.Protocol):
         log.info("a client of 9P is closed: it %s", why)
         self.close()
 
-    def data_received(self, data: bytes) -> None:
-        self._decoder.feed(data)
+    def get_buffer(self, _sizehint: int) -> memoryview:
+        return self._buffer if self._large is None else memoryview(self._large)[self._large_at :]
+
+    def buffer_updated(self, octets: int) -> None:
+        if self._large is None:
+            self._decoder.feed(self._buffer[:octets])
+        else:
+            self._large_at += octets
         self._pump()
 
     def eof_received(self) -> bool:
@@ -140,7 +153,7 @@ class Connection(asyncio.Protocol):
         self._begin()
         while not self._full:
             try:
-                message = self._decoder.next()
+                message = self._next()
             except Malformed as error:
                 log.warning("a client of 9P is closed: %s", error)
                 transport.abort()
@@ -154,7 +167,21 @@ class Connection(asyncio.Protocol):
             self.stalls += not reading
             (transport.resume_reading if reading else transport.pause_reading)()
 
-    def _take(self, message: bytes) -> None:
+    def _next(self) -> Octets | None:
+        """The next whole message. Raises `Malformed`."""
+        if self._large is None:
+            message = self._decoder.next()
+            if message is not None or (size := self._decoder.size()) <= BUFFER:
+                return message
+            begun = self._decoder.take()
+            self._large, self._large_at = bytearray(size), len(begun)
+            self._large[: len(begun)] = begun
+        if self._large_at < len(self._large):
+            return None
+        large, self._large = self._large, None
+        return memoryview(large)
+
+    def _take(self, message: Octets) -> None:
         kind, tag = wire.type_of(message), tag_of(message)
         if kind == wire.TVERSION:
             self._version = message
@@ -169,7 +196,7 @@ class Connection(asyncio.Protocol):
             self._octets += len(message)
         self._begin()
 
-    def _flush(self, message: bytes) -> None:
+    def _flush(self, message: Octets) -> None:
         try:
             request = wire.parse(message)
         except Malformed:
@@ -195,7 +222,7 @@ class Connection(asyncio.Protocol):
             self._version_runs = True
             self._run(tag_of(self._version), self._version)
 
-    def _run(self, tag: int, message: bytes) -> None:
+    def _run(self, tag: int, message: Octets) -> None:
         self._running.add(tag)
         session, view = self.session, memoryview(message)
         self._pool.submit(lambda: session.answer(view), lambda answer: self._answered(tag, answer))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import stat
@@ -9,10 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from tests.support.ninep_client import Client
 from tests.vm.filesystems.ninep.site import Site, site
 from vm.filesystems.ninep import messages as m
+from vm.filesystems.ninep import wire
 
 SECOND = 1_000_000_000
 
@@ -61,6 +64,33 @@ def test_create(client: Client, export: Path, flags: int, found: bytes | None) -
         refused(errno.EEXIST, client.create, "file", flags=os.O_RDWR | flags)
     else:
         assert client.read(client.create("file", flags=os.O_RDWR | flags)) == found
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+@pytest.mark.parametrize("piece", [1 << 20, 70_001, 4099])
+def test_long_messages_among_short_ones(
+    export: Path, piece: int, new_loop: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    """However they are cut on their way."""
+    parts = [
+        bytes([number]) * length for number, length in enumerate((300_000, 1, 65_513, 65_514, 0, 200_000, 500_000))
+    ]
+    with site(export, new_loop=new_loop) as place:
+        client = place.client()
+        fid = client.create("file")
+        requests: list[m.Message] = []
+        at = 0
+        for number, part in enumerate(parts):
+            requests += [m.Twrite(100 + number, fid, at, part), m.Tgetattr(200 + number, fid, 0)]
+            at += len(part)
+        octets = b"".join(map(wire.emit, requests))
+        for begin in range(0, len(octets), piece):
+            client.sock.sendall(octets[begin : begin + piece])
+        answers = {reply.tag: reply for reply in (client.receive() for _ in requests)}
+        for number, part in enumerate(parts):
+            assert answers[100 + number] == m.Rwrite(100 + number, len(part))
+            assert isinstance(answers[200 + number], m.Rgetattr)
+    assert (export / "file").read_bytes() == b"".join(parts)
 
 
 def test_append_and_truncate(client: Client, export: Path) -> None:
