@@ -26,12 +26,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from netstack.errors import ConfigError, HostError, NetstackError
-from vm.api import EventKind, Hypervisor, Machine, Sidecar, Vsock
+from vm.api import Hypervisor, Machine, Sidecar, Vsock
 from vm.docker_socket import DockerSocket
 from vm.settings import VmSettings
 from vm.supervisor import probes, services
 from vm.supervisor.design import Design, built, design, missing
 from vm.supervisor.ending import end
+from vm.supervisor.guest import Guest
 from vm.supervisor.home import Home
 from vm.supervisor.journal import Journal
 from vm.supervisor.lifecycle import ENDS, TRANSITIONS, UP, Cause, Input, State, Verdict, backoff
@@ -42,7 +43,6 @@ from vm.supervisor.watch import Watch
 
 log = logging.getLogger("vm.supervisor")
 
-RESET_TOLD_S: Final = 1.0
 GONE_S: Final = 0.5
 """How long a machine may take to end after a part beside it that ends with it."""
 
@@ -61,13 +61,9 @@ class Supervisor:
         self.state = State.NEW
         self.since = time.time()
         self.reason = ""
-        self.paused = False
         self.failures = 0
         """In a row."""
         self.restarts = 0
-        self.resets = 0
-        """Of the machine that runs."""
-        self._reset_told = 0.0
         self.degraded: dict[str, str] = {}
         """Parts that are away, and why."""
         self.design: Design = design(settings, home, driver)
@@ -78,6 +74,7 @@ class Supervisor:
         self._driver = driver
         self._build = build
         self.network = Network(home.state)
+        self.guest = Guest(self.journal, self.degrade, self.degraded)
         self.published = Published(home, self.network, self.journal, self.degraded)
         self.parts: dict[str, Part] = {}
         self._network_watch: Watch | None = None
@@ -115,13 +112,13 @@ class Supervisor:
     async def pause(self) -> None:
         """Raises `HostError`, `Unsupported`."""
         await self._up().pause()
-        self.paused = True
+        self.guest.paused = True
         self.journal.add("paused", "paused")
 
     async def resume(self) -> None:
         """Raises `HostError`, `Unsupported`."""
         await self._up().resume()
-        self.paused = False
+        self.guest.paused = False
         self.journal.add("resumed", "resumed")
 
     def _up(self) -> Machine:
@@ -306,8 +303,6 @@ class Supervisor:
         machine = await self._driver.start(self.design.plan, self.home.state)
         self._machine = machine
         self._gone.clear()
-        self.paused = False
-        self.resets = 0
         if machine.pid:
             self.home.record("hypervisor", machine.pid)
         watching = asyncio.create_task(self._follow(machine), name="machine")
@@ -319,6 +314,11 @@ class Supervisor:
             self.home.forget("hypervisor")
 
         stack.push_async_callback(close)
+
+    async def _follow(self, machine: Machine) -> None:
+        verdict = await self.guest.follow(machine, self._driver.name, lambda found: self._end(found.cause, found.text))
+        self._gone.set()
+        self._end(verdict.cause, verdict.text)
 
     async def _probe(self, streams: Vsock | None, console: probes.ConsoleLog | None) -> None:
         probe = services.probe(self, streams, console)
@@ -333,53 +333,6 @@ class Supervisor:
                 f"not ready within {limit_s:g} s (ready: {self.settings.probe}); the console's log may say why: "
                 f"{self.home.state.console_log}"
             ) from None
-
-    # While it is up.
-
-    async def _follow(self, machine: Machine) -> None:
-        """The machine's own events, to its end."""
-        by_guest = told = False
-        status = 0
-        text = ""
-        try:
-            async for event in machine.events():
-                match event.kind:
-                    case EventKind.SHUTDOWN:
-                        told, by_guest = True, event.by_guest
-                    case EventKind.RESET:
-                        self._reset(by_guest=event.by_guest)
-                    case EventKind.PANIC:
-                        self._end(Cause.CRASHED, "the guest's kernel panicked")
-                    case EventKind.PAUSED | EventKind.RESUMED:
-                        self.paused = event.kind is EventKind.PAUSED
-                        if event.text:  # not by us: a disk is full, say
-                            self.degrade("machine", f"paused: {event.text}")
-                        elif not self.paused:
-                            self.degraded.pop("machine", None)
-                    case EventKind.EXITED:
-                        status, text = event.status, event.text
-                    case EventKind.STARTED | EventKind.POWERDOWN:
-                        pass
-        except Exception as error:  # a driver's own fault must not leave a machine without a watch
-            log.exception("the driver's events failed")
-            status, text = 1, str(error)
-        self._gone.set()
-        name = self._driver.name
-        how = f"status {status}" if status >= 0 else f"signal {-status}"
-        if status == 0:
-            self._end(Cause.POWEROFF, "the guest powered off" if by_guest or not told else f"{name} was told to end")
-        else:
-            said = text.strip().splitlines()
-            self._end(Cause.CRASHED, f"{name} ended with {how}" + (f": {said[-1]}" if said else ""))
-
-    def _reset(self, *, by_guest: bool) -> None:
-        """A guest may do so without end, and is not to fill our log by it."""
-        self.resets += 1
-        now = time.monotonic()
-        if now - self._reset_told >= RESET_TOLD_S:
-            self._reset_told = now
-            what = "the guest reboots" if by_guest else "the machine was reset"
-            self.journal.add("reset", f"{what} ({self.resets} since its start)")
 
     # Down.
 
@@ -401,7 +354,7 @@ class Supervisor:
             gone=self._gone,
             hurry=self._kill,
             grace_s=self.settings.stop.grace_s if asked else None,
-            paused=self.paused,
+            paused=self.guest.paused,
         )
 
     async def _docker_down(self, *, again: bool) -> None:

@@ -65,7 +65,7 @@ async def test_a_guest_that_reboots_without_end_does_not_fill_the_log() -> None:
         await made.ready()
         for _ in range(50):
             await made.order(order="reboot")
-        await made.until(lambda: made.supervisor.resets == 50)
+        await made.until(lambda: made.supervisor.guest.resets == 50)
         told = made.said.count("the guest reboots")
         assert 0 < told < 50
 
