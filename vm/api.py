@@ -144,6 +144,8 @@ class Caps:
     """It serves virtiofs shares itself: no server is to be started for them."""
     rejoins_network: bool = False
     """A guest goes on when the network daemon was restarted."""
+    elf_kernel: bool = False
+    """It starts a Linux that is not compressed, and that is up sooner."""
     cmdline: str = "console=ttyS0"
     """What Linux has to be told where nobody says: which device its console is, how it ends."""
 

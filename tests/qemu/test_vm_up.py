@@ -137,26 +137,33 @@ class Typing:
     def close(self) -> None:
         os.close(self._fd)
 
-    def until(self, pattern: str, limit_s: float = TALK_S) -> re.Match[str]:
+    def _hears(self, pattern: str, limit_s: float) -> re.Match[str] | None:
         end = time.monotonic() + limit_s
         while not (found := re.search(pattern, self._said, re.DOTALL)):
             left = end - time.monotonic()
-            assert left > 0, f"{pattern!r} was not said: {self._said[-2000:]!r}"
-            if select.select([self._fd], [], [], min(left, 1.0))[0]:
+            if left <= 0:
+                return None
+            if select.select([self._fd], [], [], left)[0]:
                 self._said += os.read(self._fd, 65536).decode(errors="replace")
         self._said = self._said[found.end() :]
         return found
 
     def quiet(self) -> None:
-        """No prompt, and nothing of what is typed comes back."""
-        os.write(self._fd, b'\nstty -echo; PS1=; echo "so "quiet\n')
-        self.until(r"so quiet\r\n")
+        """No prompt, and nothing of what is typed comes back. While getty changes hands it is lost, and so typed again."""
+        end = time.monotonic() + TALK_S
+        while True:
+            os.write(self._fd, b'\nstty -echo; PS1=; echo "so "quiet\n')
+            if self._hears(r"so quiet\r\n", 2.0):
+                return
+            assert time.monotonic() < end, f"no shell: {self._said[-2000:]!r}"
 
     def run(self, command: str, limit_s: float = TALK_S) -> str:
         """What a line of shell prints; it must succeed."""
         self._number += 1
-        os.write(self._fd, f"({command}) 2>&1; echo @end{self._number} $?\n".encode())
-        found = self.until(rf"(.*?)@end{self._number} (\d+)\r\n", limit_s)
+        tag = self._number
+        os.write(self._fd, f"echo @begin{tag}; ({command}) 2>&1; echo @end{tag} $?\n".encode())
+        found = self._hears(rf"@begin{tag}\r\n(.*?)@end{tag} (\d+)\r\n", limit_s)
+        assert found is not None, f"{command}: {self._said[-2000:]!r}"
         assert found[2] == "0", f"{command}: {found[0]}"
         return found[1].replace("\r\n", "\n").strip()
 

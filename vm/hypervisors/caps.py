@@ -48,6 +48,7 @@ TABLE: Final[Mapping[str, Traits]] = {
             shared_memory=True,
             pty=True,
             rejoins_network=True,
+            elf_kernel=True,
         ),
     ),
     "hyperkit": Traits(
@@ -89,6 +90,7 @@ TABLE: Final[Mapping[str, Traits]] = {
             acpi=True,
             shared_memory=True,
             pty=True,
+            elf_kernel=True,
         ),
         accels=_KVM,
         boots_disk=False,
@@ -101,6 +103,7 @@ TABLE: Final[Mapping[str, Traits]] = {
             pause=True,
             acpi=True,
             rejoins_network=True,
+            elf_kernel=True,
             cmdline="console=ttyS0 reboot=k panic=1",  # a reset by the keyboard's controller is how its guest ends
         ),
         disks=_RAW,
