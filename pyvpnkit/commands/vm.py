@@ -107,7 +107,13 @@ def register(parser: argparse.ArgumentParser) -> None:
 
     made = one("build", "a kernel and an initramfs from LinuxKit's YAML, or from that which a machine's file names")
     made.add_argument("file", metavar="FILE", type=Path)
-    made.add_argument("-o", "--output", metavar="DIR", type=Path, help="where they go [beside the file]")
+    made.add_argument("-o", "--output", metavar="DIR", type=Path, default=Path(), help="where they go [here]")
+    made.add_argument(
+        "--compress", choices=("none", "gzip", "xz"), default="none", help="the initramfs; it boots later for it [none]"
+    )
+    made.add_argument(
+        "--refresh", action="store_true", help="ask apt for the packages anew; else they stay as they were"
+    )
 
     made = machine(one("link-docker-sock", "make /var/run/docker.sock a link to the machine's; needs the right to"))
     made.add_argument(

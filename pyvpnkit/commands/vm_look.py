@@ -99,14 +99,19 @@ def build(parsed: argparse.Namespace) -> int:
     from vm.supervisor import building
 
     file = parsed.file.absolute()
-    out = parsed.output.absolute() if parsed.output is not None else file.parent
     linuxkit = file
     if building.is_machine(file):
         named = vm_find.load(file).boot.linuxkit
         if named is None:
             raise ConfigError(f"{file}: boot: names no linuxkit file, so there is nothing to build")
         linuxkit = named
-    built = building.make(linuxkit, out, say=lambda text: print(clean(text), file=sys.stderr, flush=True))
+    built = building.make(
+        linuxkit,
+        parsed.output.absolute(),
+        say=lambda text: print(clean(text), file=sys.stderr, flush=True),
+        compression=parsed.compress,
+        refresh=parsed.refresh,
+    )
     print(f"{built.kernel}\n{built.initrd}")
     return 0
 

@@ -80,7 +80,7 @@ def pick(wanted: Kernel, sources: Sources) -> Picked:
     if reference.startswith("deb:"):
         if wanted.binary or wanted.tar or wanted.ucode:
             raise ConfigError(f"kernel: binary, tar and ucode are of other images than {reference}; leave them out")
-        sources.progress(reference)
+        sources.tell(reference)
         return from_package(reference.removeprefix("deb:"), modules, sources.cache)
     tree = sources.image(reference).tree
     return pick_from(tree, wanted, modules, sources.cache)

@@ -27,6 +27,8 @@ from vm.build.tree import Entry, Slice, Tree
 
 SITE: Final = "usr/lib/python3/dist-packages"
 """Where Debian's Pythons look, whichever their version."""
+MAX_TOLD: Final = 72
+"""Characters of a reference that is shown as progress."""
 _SOURCE: Final = stat.S_IFREG | 0o644
 _NO_REGISTRY: Final = (
     "image {0!r}: there is no registry here. Save it (`skopeo copy docker://{0} oci:DIR:NAME`) and write oci-layout:DIR:NAME, "
@@ -54,9 +56,13 @@ class Sources:
     def image(self, reference: str) -> Image:
         """Raises `ConfigError` for what cannot be used, `HostError` for what cannot be had."""
         if reference not in self._images:
-            self.progress(reference)
+            self.tell(reference)
             self._images[reference] = self._made(reference)
         return self._images[reference]
+
+    def tell(self, reference: str) -> None:
+        """That this one is being looked for, in a line."""
+        self.progress(reference if len(reference) <= MAX_TOLD else reference[: MAX_TOLD - 3] + "...")
 
     def _made(self, reference: str) -> Image:
         first, *others = [self._one(part) for part in reference.split(";")]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from netstack.errors import ConfigError, HostError, NetstackError
+from vm.build import cpio
 from vm.build.build import Built
 from vm.build.build import build as build_machine
 from vm.hypervisors.process import spawn
@@ -42,9 +43,19 @@ async def build(settings: VmSettings, home: Home, out: Path, say: Callable[[str]
         home.forget(NAME)
 
 
-def make(linuxkit: Path, out: Path, *, say: Callable[[str], None]) -> Built:
+def make(
+    linuxkit: Path,
+    out: Path,
+    *,
+    say: Callable[[str], None],
+    compression: cpio.Compression = "none",
+    refresh: bool = False,
+) -> Built:
     """The same here and now. Raises `ConfigError`, `HostError`."""
-    built = build_machine(load(linuxkit), out, base_directory=linuxkit.parent, progress=say)
+    machine = load(linuxkit)
+    built = build_machine(
+        machine, out, base_directory=linuxkit.parent, compression=compression, refresh=refresh, progress=say
+    )
     for warning in built.warnings:
         say(f"{warning}")
     return built
