@@ -70,7 +70,7 @@ IN_VM: Final = {
     "list-ports": "the ports that are published on the host (vpnkit-list-ports)",
     "vsudd": "Unix sockets of the VM, such as Docker's, to the host over vsock (LinuxKit's vsudd)",
     "timesync": "set the clock from the VM's RTC when the host asks (LinuxKit's host-timesync-daemon)",
-    "mount-9p": "mount a folder that the host serves over vsock (vpnkit-9pmount-vsock)",
+    "mount9p": "mount a folder that the host serves over vsock (vpnkit-9pmount-vsock)",
 }
 
 NOT_IN_SHELL: Final = frozenset({"links", "pid_file", "user"})

@@ -13,7 +13,7 @@ IN_VM: Final = {
     "list-ports": "portfwd.invm.list_ports",
     "vsudd": "vm.guest.vsudd",
     "timesync": "vm.guest.timesync",
-    "mount-9p": "vm.guest.mount9p",
+    "mount9p": "vm.guest.mount9p",
 }
 """Commands with flags as Go writes them, and the modules whose `main` they are."""
 

@@ -72,6 +72,8 @@ class Engine(BaseHTTPRequestHandler):
         self.wfile.write(octets)
 
 
+if os.path.exists("/var/run/docker.sock"):
+    os.unlink("/var/run/docker.sock")
 socketserver.ThreadingUnixStreamServer("/var/run/docker.sock", Engine).serve_forever()
 """
 
@@ -181,24 +183,19 @@ def vm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vm]:
 
 
 def write_files(vm: Vm) -> None:
-    """The example, and what it has not: an engine, a folder served by ourselves, the clock, the control API."""
+    """The example with another engine, and what it has not: a folder served by ourselves, the control API."""
     kit = yaml.safe_load((EXAMPLES / "tiny-linuxkit.yml").read_text())
     services = {service["name"]: service for service in kit["services"]}
-    kit["init"].append(services["forwarder"]["image"] + ",vm.guest")  # Python in the machine itself
-    for name, words in {
-        "timesync": ["-m", "vm.guest.timesync", "-port", "62372"],
-        "engine": ["/etc/engine.py"],
-    }.items():
-        services[name] = {
-            "name": name,
-            "image": "deb:busybox-static",
-            "binds": ["/:/host", "/dev:/host/dev", "/run:/host/run"],
-            "capabilities": ["all"],
-            "command": ["chroot", "/host", "python3.11", *words],
-        }
+    kit["init"].append(services["forwarder"]["image"])  # Python in the machine itself
+    services["engine"] |= {
+        "image": services["web"]["image"],
+        "command": ["chroot", "/host", "python3.11", "/etc/engine.py"],
+    }
+    services["engine"] |= {"binds": ["/:/host", "/dev:/host/dev", "/run:/host/run"], "capabilities": ["all"]}
     kit["services"] = list(services.values())
-    kit["files"].append({"path": "etc/engine.py", "contents": ENGINE, "mode": "0644"})
     for entry in kit["files"]:
+        if entry["path"] == "etc/engine.py":
+            entry["contents"] = ENGINE
         if "source" in entry:
             entry["source"] = str((EXAMPLES / entry["source"]).resolve())
     (vm.directory / "kit.yml").write_text(yaml.safe_dump(kit, sort_keys=False))
