@@ -13,7 +13,6 @@ The initramfs is written anew each time. `init` (below) loads the modules, takes
 from __future__ import annotations
 
 import contextlib
-import os
 import platform
 import shutil
 import stat
@@ -25,6 +24,7 @@ from typing import Final
 
 from netstack.errors import ConfigError, HostError
 from vm.build import archive, cpio, debian, kernel
+from vm.build.build import default_cache
 from vm.build.debian import Wanted
 from vm.build.tree import Entry, Tree
 from vm.linuxkit.schema import Kernel
@@ -100,7 +100,7 @@ class Parts:
 
 def cache() -> Path:
     """Where downloads are kept: `$XDG_CACHE_HOME/pyvpnkit`, or `~/.cache/pyvpnkit`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyvpnkit"
+    return default_cache().parent
 
 
 def downloaded(at: Path, kind: Kind = SMALL) -> bool:
@@ -121,7 +121,7 @@ def parts(directory: Path, at: Path, kind: Kind = SMALL, added: Iterable[tuple[s
         except OSError as error:
             raise HostError(f"nothing can be kept in {at}: {error.strerror}; set XDG_CACHE_HOME") from None
         with scratch_directory as scratch:
-            made = _store(Path(scratch), kind)
+            made = _store(Path(scratch), kind, archive.Cache(at / "build"))
             with contextlib.suppress(OSError):  # somebody else was first
                 made.rename(stored)
     order = (stored / "order").read_text().split()
@@ -149,13 +149,14 @@ def _entry(path: Path, mode: int) -> Entry:
     return Entry(mode=stat.S_IFREG | mode, content=archive.whole(path))
 
 
-def _store(scratch: Path, kind: Kind) -> Path:
-    """Download and unpack in `scratch`; the directory of what is worth keeping."""
+def _store(scratch: Path, kind: Kind, downloads: archive.Cache) -> Path:
+    """Unpack in `scratch`; the directory of what is worth keeping. Packages stay in `downloads`, where `vm build` has its own."""
     if shutil.which("apt-get") is None:
         raise NotHere("the kernel comes by apt, and there is none here")
     cache, kept = archive.Cache(scratch), scratch / "machine"
     try:
-        tree = debian.tree(Wanted((kind.kernel, *PACKAGES, *kind.packages), only="linux-image-"), cache)
+        wanted = Wanted((kind.kernel, *PACKAGES, *kind.packages), only="linux-image-")
+        tree = debian.tree(wanted, cache, downloads=downloads)
         picked = kernel.pick_from(tree, Kernel(image=kind.kernel), kind.modules, cache)
     except ConfigError as error:
         raise NotHere(f"this distribution has another kernel: {error}") from None

@@ -122,6 +122,8 @@ class VmSpec:
     nics: tuple[Nic, ...] = ()
     shares: tuple[Share, ...] = ()
     vsock: VsockSpec | None = None
+    ports_tree: Path | None = None
+    """The socket of VPNKit's tree of ports, which a hypervisor with 9p-socket offers under the tag `port` (spec companions 3.2)."""
     accel: Literal["auto", "kvm", "hvf", "tcg"] = "auto"
     extra: tuple[str, ...] = ()
     """Words for the hypervisor's command line, as they are, at its end."""

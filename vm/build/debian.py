@@ -77,11 +77,12 @@ class Wanted:
         return cls(tuple(packages), frozenset(without), tuple(skip))
 
 
-def tree(wanted: Wanted, cache: Cache) -> Tree:
-    """The packages and what they depend on, unpacked over each other. Raises `ConfigError` and `HostError`."""
+def tree(wanted: Wanted, cache: Cache, *, downloads: Cache | None = None) -> Tree:
+    """The packages and what they depend on, unpacked over each other; `downloads` keeps the packages themselves, if not `cache`.
+    Raises `ConfigError` and `HostError`."""
     made = Tree()
     skip = functools.partial(_matches, patterns=(*UNWANTED, *wanted.skip))
-    for package, deb in packages(wanted, cache):
+    for package, deb in packages(wanted, downloads or cache):
         what = f"deb:{package.name}"
         # By the digest of the whole package, which is known already.
         unpack(plain(data(deb, what), cache, what, f"{package.sha256}.deb"), made, what, skip=skip)

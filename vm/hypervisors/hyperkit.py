@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from netstack.errors import ConfigError
-from vm.api import Disk, Hypervisor, Machine, Nic, Plan, Share, StateDir, VmSpec, VsockSpec
+from vm.api import Disk, Hypervisor, Machine, Nic, Plan, StateDir, VmSpec, VsockSpec
 from vm.console import PtyConsole
 from vm.hypervisors.caps import caps_of, check
 from vm.hypervisors.machine import LIMIT_S, ProcessMachine
@@ -27,6 +27,8 @@ NAME: Final = "hyperkit"
 _INSTALL: Final = (
     "it is a part of Docker Desktop's older versions for macOS, and github.com/moby/hyperkit has its source"
 )
+PORTS: Final = "port"
+"""The tag of VPNKit's tree of ports; guests of Docker for Mac mount it on /port or /var/vpnkit."""
 _SLOTS: Final = range(1, 31)
 """Of the one PCI bus; 0 is the bridge, 31 the old devices (serial line)."""
 
@@ -39,6 +41,8 @@ class HyperKit:
 
     def plan(self, spec: VmSpec, state: StateDir) -> Plan:
         check(NAME, self.caps, spec)
+        if spec.ports_tree is not None and any(share.tag == PORTS for share in spec.shares):
+            raise ConfigError(f"shares: the tag {PORTS} is that of VPNKit's ports here; choose another")
         devices = [*_devices(spec, state), "virtio-rnd"]
         if len(devices) > len(_SLOTS):
             raise ConfigError(
@@ -99,7 +103,9 @@ def _devices(spec: VmSpec, state: StateDir) -> Iterator[str]:
     if spec.vsock is not None:
         yield _vsock(spec.vsock)
     yield from (_disk(disk) for disk in spec.disks)
-    yield from (_share(share, state) for share in spec.shares if share.kind == "9p-socket")
+    yield from (_share(share.tag, state.share(share.tag)) for share in spec.shares if share.kind == "9p-socket")
+    if spec.ports_tree is not None:
+        yield _share(PORTS, spec.ports_tree)
 
 
 def _nic(nic: Nic) -> str:
@@ -131,6 +137,5 @@ def _disk(disk: Disk) -> str:
     return f"virtio-blk,{path}" + (",ro" if disk.readonly else "")
 
 
-def _share(share: Share, state: StateDir) -> str:
-    path = plain(NAME, "state directory", state.share(share.tag))
-    return f"virtio-9p,path={path},tag={plain(NAME, 'tag of a share', share.tag)}"
+def _share(tag: str, socket: Path) -> str:
+    return f"virtio-9p,path={plain(NAME, 'state directory', socket)},tag={plain(NAME, 'tag of a share', tag)}"

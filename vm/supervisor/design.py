@@ -125,6 +125,7 @@ def spec_of(settings: VmSettings, home: Home, driver: Hypervisor) -> VmSpec:
         nics=nics,
         shares=shares,
         vsock=vsock,
+        ports_tree=_ports_tree(settings, state, driver.caps),
         accel=settings.hypervisor.accel,
         extra=settings.hypervisor.extra,
     )
@@ -135,6 +136,12 @@ def _owners(caps: Caps, kind: ShareKind) -> frozenset[Owner]:
     if kind == "virtiofs" and caps.serves_virtiofs:
         return frozenset({"passthrough"})
     return registry.load(kind).owners
+
+
+def _ports_tree(settings: VmSettings, state: StateDir, caps: Caps) -> Path | None:
+    """For a guest that may ask for ports at all, as Docker for Mac's older ones did."""
+    asked = "control" in settings.vsock_ports and settings.network.kind != "none"
+    return state.socket(network.PORTS) if asked and "9p-socket" in caps.shares else None
 
 
 def _served(ports: Mapping[str, int], shares: Sequence[Share]) -> dict[str, int]:
@@ -181,7 +188,7 @@ def _check_paths(state: StateDir) -> None:
         state.vsock_device,
     ):
         pass
-    state.socket("port.sock")
+    state.socket(network.PORTS)
 
 
 def missing(settings: VmSettings) -> list[str]:

@@ -25,6 +25,8 @@ LIMIT_S: Final = 10.0
 ACCEPTS_S: Final = 2
 """For a guest to answer a SYN, in whole seconds."""
 NAME: Final = "network"
+PORTS: Final = "port.sock"
+"""Where a guest may ask for ports, by VPNKit's HTTP API and 9P tree."""
 
 LINKS: Final[Mapping[NicKind, str]] = {
     "vhost-user": "vhost-user",
@@ -57,7 +59,7 @@ def sidecar(settings: VmSettings, nic: Nic, state: StateDir, vsock: VsockKind | 
         argv += ["--static-lease", f"{nic.mac}={nic.preferred_ip}"]
     ports = settings.vsock_ports
     if "control" in ports:
-        argv += ["--port", str(state.socket("port.sock"))]
+        argv += ["--port", str(state.socket(PORTS))]
     if "forwarder" in ports and (how := forwarder(settings, state, vsock)):
         argv += ["--forwarder", how]
     argv += [*settings.network.options, "--ready-fd", "{ready_fd}"]

@@ -20,7 +20,7 @@ DEVICE = golden.STATE.vsock_device
 
 PLANNED = {
     "hyperkit-minimal": minimal(),
-    "hyperkit-full": full("vmnet", ("9p-socket", "9p-vsock")),
+    "hyperkit-full": full("vmnet", ("9p-socket", "9p-vsock"), ports_tree=golden.STATE.path / "port.sock"),
     "hyperkit-qcow2": minimal(disks=(disk(format="qcow2"),)),
     "vfkit-minimal": minimal(),
     "vfkit-full": full("unixgram", ("virtiofs", "9p-vsock"), disks=(disk(),)),
@@ -44,6 +44,7 @@ REFUSED = {
     "hyperkit-accel": minimal(accel="kvm"),
     "hyperkit-comma": minimal(disks=(Disk(path=Path("/vm/a,b.img")),)),
     "hyperkit-too-many-devices": minimal(disks=tuple(Disk(path=Path(f"/vm/{number}")) for number in range(30))),
+    "hyperkit-port-tag": minimal(shares=(share("9p-socket", tag="port"),), ports_tree=golden.STATE.path / "port.sock"),
     "vfkit-nic": minimal(nics=(card("vhost-user"),)),
     "vfkit-disk": minimal(disks=(disk(format="qcow2"),)),
     "vfkit-readonly-disk": minimal(disks=(disk(readonly=True),)),
