@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pyvpnkit import boot
 from pyvpnkit import machine as qemu
 from pyvpnkit.boot import Parts
 from tests.qemu.site import Site, site
@@ -43,4 +44,20 @@ def ring_site(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     directory = tmp_path_factory.mktemp("site")
     path = str(directory / "net.sock")
     with site(f"vhost-user:{path}", qemu.shared_ring(path), parts, directory) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def ninep_parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
+    """Debian's ordinary kernel, for the cloud kernel has no 9P."""
+    require("ip", "nsenter", "unshare", "setpriv", "qemu-system-x86_64")
+    return machine.parts(tmp_path_factory.mktemp("machine"), boot.NINEP)
+
+
+@pytest.fixture(scope="module")
+def place(ninep_parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """With 9P, on a stream; for all tests of a module."""
+    directory = tmp_path_factory.mktemp("site")
+    path = str(directory / "net.sock")
+    with site(f"qemu:{path}", qemu.stream(path), ninep_parts, directory) as made:
         yield made

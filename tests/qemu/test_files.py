@@ -19,13 +19,9 @@ from pathlib import Path
 
 import pytest
 
-from pyvpnkit import boot
-from pyvpnkit import machine as qemu
-from pyvpnkit.boot import Parts
-from tests.qemu.site import Site, site
-from tests.support import machine
+from tests.qemu.site import Site
 from tests.support.machine import Machine
-from tests.support.netns import HOST, inside, require, wait_until
+from tests.support.netns import HOST, inside, wait_until
 from vm.filesystems.ninep.listen import FileServer
 from vm.filesystems.ninep.owners import parse_owner
 from vm.filesystems.ninep.share import Share
@@ -36,20 +32,6 @@ MOUNT_S = 30.0
 MIB = 16
 OPTIONS = ("version=9p2000.L", "msize=524288", "access=user")
 OWNERS = ("passthrough", "squash:1001:50", "mapped", "requester")
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
-    require("ip", "nsenter", "unshare", "setpriv", "qemu-system-x86_64")
-    return machine.parts(tmp_path_factory.mktemp("machine"), boot.NINEP)
-
-
-@pytest.fixture(scope="module")
-def place(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    directory = tmp_path_factory.mktemp("site")
-    path = str(directory / "net.sock")
-    with site(f"qemu:{path}", qemu.stream(path), parts, directory) as made:
-        yield made
 
 
 class Server:

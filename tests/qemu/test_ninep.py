@@ -24,12 +24,10 @@ from portfwd.ninep.client import Client
 from portfwd.ninep.introspect import TreeFiles
 from portfwd.ninep.listen import port_server, tree_server
 from portfwd.ninep.ports import README
-from pyvpnkit import boot
 from pyvpnkit import machine as qemu
 from pyvpnkit.boot import Parts
 from tests.portfwd.ninep.site import Site as Ports
-from tests.qemu.site import Site, site
-from tests.support import machine
+from tests.qemu.site import Site
 from tests.support.machine import Machine
 from tests.support.netns import HOST, inside, require, wait_until, world
 from tests.support.webhost import read_all
@@ -38,20 +36,6 @@ pytestmark = [pytest.mark.qemu, pytest.mark.netns]
 
 MOUNT_S = 30.0
 LONG = "".join(f"line {number}\n" for number in range(5000))
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
-    require("ip", "nsenter", "unshare", "setpriv", "qemu-system-x86_64")
-    return machine.parts(tmp_path_factory.mktemp("machine"), boot.NINEP)
-
-
-@pytest.fixture(scope="module")
-def place(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    directory = tmp_path_factory.mktemp("site")
-    path = str(directory / "net.sock")
-    with site(f"qemu:{path}", qemu.stream(path), parts, directory) as made:
-        yield made
 
 
 class Server:
@@ -274,7 +258,7 @@ def test_the_tree_for_looking_in(place: Site, server: Server, version: str) -> N
         guest.run("umount /look")
 
 
-def test_a_guest_publishes_its_web_server_with_the_daemon(parts: Parts, tmp_path: Path) -> None:
+def test_a_guest_publishes_its_web_server_with_the_daemon(ninep_parts: Parts, tmp_path: Path) -> None:
     """By the tree of `--port` alone; meanwhile the host looks in."""
     require("curl")
     with world(tmp_path) as place, place.host.listen() as listener:
@@ -282,7 +266,7 @@ def test_a_guest_publishes_its_web_server_with_the_daemon(parts: Parts, tmp_path
         looking = {flag: place.socket_path(flag) for flag in ("introspection", "diagnostics", "pcap")}
         options = [word for flag, path in looking.items() for word in (f"--{flag}", path)]
         daemon = place.daemon("--link", f"qemu:{link}", "--port", f"fd:{number}", *options, pass_fds=[number])
-        guest = Machine(place.namespace("qemu"), parts, qemu.stream(link))
+        guest = Machine(place.namespace("qemu"), ninep_parts, qemu.stream(link))
         place.defer(guest.kill)
         guest.run("mkdir -p /www && echo hello >/www/index.html && httpd -h /www -p 80")
         by_tcp("9p2000")(guest, listener.getsockname()[1], "/port")
