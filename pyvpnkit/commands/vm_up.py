@@ -15,6 +15,7 @@ from netstack.errors import ConfigError
 from pyvpnkit.commands import vm_find
 from pyvpnkit.commands.table import clean
 from vm.hypervisors import registry
+from vm.hypervisors.process import SAFE
 from vm.settings import VmSettings
 from vm.supervisor.design import design
 from vm.supervisor.home import Home
@@ -52,6 +53,7 @@ def up(parsed: argparse.Namespace) -> int:
                 "--report-fd",
                 str(writing),
             ],
+            env={**os.environ, **SAFE},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

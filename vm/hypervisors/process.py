@@ -12,6 +12,9 @@ Elsewhere there is no such rule: what outlives us is found by its record (`Recor
 **What it says** (standard error, and standard output unless that is wanted) goes through us to a log of two files of at most
 `MAX_LOG` octets, since a guest can make some hypervisors talk; the last of it is at hand for complaints.
 
+**Whose modules.** Programs in Python that are started as `python -m vm...` would look for modules in the directory that a person
+happens to be in, whoever wrote what is there; `SAFE` keeps them from that.
+
 **Killing by number.** A pid in a file may long be somebody else's. A record keeps the time of the start beside it, and the
 signal is sent through a descriptor of the process that was looked at (pidfd).
 """
@@ -35,6 +38,8 @@ from netstack.errors import HostError
 MAX_LOG: Final = 1 << 20
 KEPT: Final = 4096
 """Octets of what it said last."""
+SAFE: Final[Mapping[str, str]] = {"PYTHONSAFEPATH": "1"}
+"""For the environment of what we start."""
 _DRAIN_S: Final = 1.0
 """Who inherited its standard error may keep that open for longer than it lives."""
 
@@ -178,7 +183,7 @@ async def spawn(
         _open_log(log).close()
         process = await asyncio.create_subprocess_exec(
             *words,
-            env={**os.environ, **(env or {})},
+            env={**os.environ, **SAFE, **(env or {})},
             stdin=stdin,
             stdout=writer if stdout is None else stdout,
             stderr=writer,

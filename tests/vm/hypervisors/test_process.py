@@ -164,3 +164,14 @@ async def test_waiting_for_what_it_is_to_do(tmp_path: Path) -> None:
     await process.until(lambda: True, sleeps, 0, "socket")
     await talks.close()
     await sleeps.close()
+
+
+async def test_modules_in_a_persons_directory_are_not_taken_for_ours(tmp_path: Path) -> None:
+    for name in ("vm/__init__.py", "asyncio.py", "argparse.py"):
+        path = tmp_path / "strange" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("import os\nos.write(2, b'stranger\\n')\n")
+    made = await spawn([sys.executable, "-m", "vm.vsock", "--help"], log=tmp_path / "it.log", cwd=tmp_path / "strange")
+    assert await made.wait() == 0
+    assert "stranger" not in made.said() and "--vhost-user" in made.log.read_text()
+    await made.close()
