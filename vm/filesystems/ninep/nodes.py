@@ -187,6 +187,9 @@ class Nodes:
             os.close(fd)
             raise
         with self._lock:
+            if not parent.refs:  # as in `again`
+                os.close(fd)
+                self._stale()
             node = self._by_key.get((state.st_dev, state.st_ino))
             if node is None or node.kind != stat.S_IFMT(state.st_mode):  # an inode may be used for something new
                 if len(self._by_key) >= self._max_nodes:
@@ -214,8 +217,10 @@ class Nodes:
             return node
 
     def again(self, node: Node) -> Node:
-        """One more that is to be dropped."""
+        """One more that is to be dropped. Raises ESTALE where it was dropped for good meanwhile."""
         with self._lock:
+            if not node.refs:  # its last fid went on to another file just now
+                self._stale()
             node.refs += 1
             return node
 

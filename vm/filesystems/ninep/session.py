@@ -20,7 +20,7 @@ from netstack.errors import Malformed
 from portfwd.ninep.wire import Octets, tag_of
 from vm.filesystems.ninep import attributes, wire
 from vm.filesystems.ninep import messages as m
-from vm.filesystems.ninep.beneath import good_name
+from vm.filesystems.ninep.beneath import NAME_MAX, good_name
 from vm.filesystems.ninep.fids import Attribute, Fid, Fids
 from vm.filesystems.ninep.limits import MIN_MSIZE, SessionAllowances
 from vm.filesystems.ninep.locks import END, Lock, Owner
@@ -125,7 +125,11 @@ class Session:
                 nodes.drop(node)
                 raise
             if r.newfid == r.fid:
-                self._fids.replace_node(begin, node)
+                with begin.lock:
+                    if not begin.plain:  # it was opened while we walked
+                        nodes.drop(node)
+                        raise refuse(errno.EBUSY)
+                    self._fids.replace_node(begin, node)
             else:
                 self._fids.add(r.newfid, Fid(node, begin.asker))
             return m.Rwalk(r.tag, tuple(qids))
@@ -352,7 +356,7 @@ class Session:
         return m.Rgetlock(r.tag, found.type, found.start, found.length, found.owner.proc_id, found.owner.client_id)
 
     def _range(self, fid: Fid, r: m.Tlock | m.Tgetlock) -> Lock:
-        if r.type not in (m.RDLCK, m.WRLCK, m.UNLCK):
+        if r.type not in (m.RDLCK, m.WRLCK, m.UNLCK) or len(r.client_id) > NAME_MAX:
             raise refuse(errno.EINVAL)
         end = END if not r.length else min(r.start + r.length, END)
         return Lock(Owner(self, r.client_id, r.proc_id), fid, r.type, r.start, end)

@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import uvloop
@@ -21,10 +22,11 @@ from netstack.errors import ConfigError
 from tests.support.ninep_client import Client
 from tests.vm.filesystems.ninep.site import Site, site
 from tests.vm.filesystems.ninep.test_session import refused
-from vm.filesystems.ninep import connection, listen
+from vm.filesystems.ninep import connection, listen, wire
 from vm.filesystems.ninep import messages as m
 from vm.filesystems.ninep.limits import Limits
 from vm.filesystems.ninep.listen import FileServer
+from vm.filesystems.ninep.nodes import Node
 from vm.filesystems.ninep.owners import parse_owner
 from vm.filesystems.ninep.share import Share
 
@@ -284,3 +286,45 @@ def test_descriptors_of_the_process_run_out(place: Site, client: Client, export:
 def test_limits_that_cannot_be(export: Path, wrong: dict[str, int], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         Share(export, parse_owner("passthrough"), limits=Limits(**wrong))
+
+
+def test_a_lock_does_not_remember_names_without_end(client: Client) -> None:
+    fid = client.create("file")
+    ask = m.Tlock(1, fid, m.WRLCK, 0, 0, 0, 1, b"x" * 60000)
+    refused(errno.EINVAL, client.call, ask, m.Rlock)
+
+
+def test_a_fid_that_is_opened_while_it_walks_stays_where_it_is(
+    export: Path, place: Site, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests for one fid at once, which Linux never sends: its lock would be kept for a file that it does not stand for."""
+    (export / "one").mkdir()
+    (export / "one" / "two").mkdir()
+    fid = client.walk("one")
+    session = next(iter(place.server._connections)).session
+    find = place.server.share.find
+
+    def opened_meanwhile(*words: Any) -> Node:
+        assert isinstance(wire.parse(bytes(session.answer(wire.emit(m.Tlopen(5, fid, 0))))), m.Rlopen)
+        assert isinstance(wire.parse(bytes(session.answer(wire.emit(m.Tlock(5, fid, 0, 0, 0, 0, 1, b""))))), m.Rlock)
+        return find(*words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place.server.share, "find", opened_meanwhile)
+        refused(errno.EBUSY, client.call, m.Twalk(1, fid, fid, (b"two",)), m.Rwalk)
+    client.clunk(fid)
+    assert len(place.server.share.locks) == 0
+
+
+def test_a_node_that_was_dropped_for_good_takes_nothing_of_others_with_it(export: Path) -> None:
+    (export / "outer" / "inner").mkdir(parents=True)
+    share = Share(export, parse_owner("passthrough"))
+    nodes = share.nodes
+    outer = share.find(nodes.root, b"outer")
+    inner = share.find(outer, b"inner")
+    nodes.drop(inner)
+    for use in (lambda: nodes.again(inner), lambda: nodes.found(os.open(export, os.O_PATH), inner, b"name")):
+        refused(errno.ESTALE, use)
+    assert outer.refs == 1
+    nodes.drop(outer)
+    share.close()
