@@ -71,7 +71,7 @@ def _compile(sources: list[tuple[str, Entry]], directory: Path) -> None:
         (directory / path).parent.mkdir(parents=True, exist_ok=True)
         (directory / path).write_bytes(entry.read(MAX_SOURCE))
     environment = {"PATH": os.environ.get("PATH", os.defpath), "PYTHONHASHSEED": "0"}
-    command = [sys.executable, "-S", "-c", _COMPILE, str(directory)]
+    command = [sys.executable, "-P", "-S", "-c", _COMPILE, str(directory)]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=COMPILE_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
