@@ -98,7 +98,8 @@ def _vsock(vsock: VsockSpec, shares: Sequence[Share]) -> Iterator[str]:
     for port in vsock.ports.values():
         yield f"virtio-vsock,port={port},socketURL={directory}/{host_dials(vsock.cid, port)},connect"
     over_vsock = sum(share.kind == "9p-vsock" for share in shares)
-    for port in (*vsock.served.values(), *map(ninep_share.port, range(over_vsock))):
+    # A share's may be among those of the file, or not.
+    for port in dict.fromkeys((*vsock.served.values(), *map(ninep_share.port, range(over_vsock)))):
         yield f"virtio-vsock,port={port},socketURL={directory}/{guest_dials(port)},listen"
 
 
