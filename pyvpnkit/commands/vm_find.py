@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from pathlib import Path
 from typing import Any, Final
@@ -61,7 +62,7 @@ def names() -> list[str]:
 
 
 def _known(word: str) -> str:
-    hint = f"; is it a file? Write ./{word}" if Path(word).exists() else ""
+    hint = f"; is it a file? Write ./{word}" if os.path.exists(word) else ""
     return hint or f"; there are: {', '.join(names()) or 'none'}"
 
 

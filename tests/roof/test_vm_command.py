@@ -152,6 +152,14 @@ def test_a_file_that_is_wrong_starts_nothing(shell: Shell) -> None:
     assert not shell.home().path.exists()
 
 
+@pytest.mark.parametrize("words", [["status", "n" * 300], ["up", "box.yml", "--state-dir", "n" * 300]])
+def test_a_name_that_no_file_could_have_is_said(shell: Shell, words: list[str]) -> None:
+    shell.write("")
+    done = shell(*words)
+    assert done.status == 2
+    assert done.err.startswith(("pyvpnkit: there is no machine", "pyvpnkit: state directory: ")), done.err
+
+
 def test_what_a_hypervisor_cannot_do_is_said_with_those_that_could(shell: Shell) -> None:
     shell.write("network: vmnet\n")
     plan = shell("plan", "box.yml", "--hypervisor", "firecracker")
@@ -188,6 +196,8 @@ def test_the_example_can_be_planned_for_every_hypervisor(shell: Shell, driver: s
     assert found["driver"] == driver
     assert "/var/share" in found["mounts"][0]
     assert found["publish"] == ["8080:80"]
+    devices = [word for word in found["argv"] if word.startswith("virtio-vsock,")]
+    assert len(set(devices)) == len(devices)
 
 
 def test_console_logs_events_and_list(shell: Shell) -> None:

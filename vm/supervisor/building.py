@@ -31,8 +31,8 @@ async def build(settings: VmSettings, home: Home, out: Path, say: Callable[[str]
     assert settings.boot.linuxkit is not None
     words = [sys.executable, "-m", "vm.supervisor.building", str(settings.boot.linuxkit), "--output", str(out)]
     process = await spawn(words, log=home.state.log(NAME), stdout=subprocess.PIPE)
-    home.record(NAME, process.pid)
     try:
+        home.record(NAME, process.pid)
         assert process.stdout is not None
         async for line in process.stdout:
             say(line.decode(errors="replace").rstrip())

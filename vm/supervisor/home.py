@@ -24,12 +24,12 @@ import signal
 import stat
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from netstack.errors import ConfigError
+from netstack.errors import ConfigError, HostError
 from vm.api import StateDir
 from vm.hypervisors.process import Record
 
@@ -80,7 +80,7 @@ class Home:
     @property
     def exists(self) -> bool:
         """Whether there ever was a machine."""
-        return (self.path / "machine.json").exists()
+        return bool(self.read("machine"))
 
     def prepare(self) -> None:
         """Make the directories. Raises `ConfigError` where that cannot be done, or others could write there."""
@@ -98,8 +98,10 @@ class Home:
             raise ConfigError(f"state directory: {self.path}: {why}; choose another with --state-dir") from None
 
     def lock(self) -> Lock | None:
-        """`None` where a supervisor holds it."""
-        descriptor = os.open(self.state.lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        """`None` where a supervisor holds it. Raises `HostError`."""
+        path = self.state.lock
+        with _host(path):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -107,8 +109,9 @@ class Home:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 return None
             raise
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, b"%d\n" % os.getpid())
+        with _host(path):
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, b"%d\n" % os.getpid())
         return Lock(descriptor)
 
     def holder(self) -> int:
@@ -137,13 +140,14 @@ class Home:
         return found if isinstance(found, dict) else {}
 
     def write(self, name: str, value: dict[str, Any]) -> None:
-        """Replace it as a whole."""
+        """Replace it as a whole. Raises `HostError`, and what was there is still there: a disk may be full."""
         path = self.path / f"{name}.json"
         scratch = path.with_name(f"{path.name}.new")
-        descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(value, file)
-        scratch.replace(path)
+        with _host(path):
+            descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            with os.fdopen(descriptor, "w") as file:
+                json.dump(value, file)
+            scratch.replace(path)
 
     def identity(self) -> Identity:
         """What is kept, or what will be: it follows from the path, so a plan shows it before there is anything."""
@@ -162,10 +166,12 @@ class Home:
     # Processes.
 
     def record(self, name: str, pid: int) -> None:
-        """A process was started."""
+        """A process was started. Raises `HostError`."""
         found = Record.of(pid)
+        path = self.path / "run" / f"{name}.pid"
         if found is not None:
-            found.write(self.path / "run" / f"{name}.pid")
+            with _host(path):
+                found.write(path)
 
     def forget(self, name: str) -> None:
         """It is gone."""
@@ -197,6 +203,15 @@ class Home:
                     mode = os.lstat(path).st_mode
                     if path != served and (stat.S_ISSOCK(mode) or stat.S_ISLNK(mode)):
                         path.unlink()
+
+
+@contextlib.contextmanager
+def _host(path: Path) -> Iterator[None]:
+    """The host's refusals in words."""
+    try:
+        yield
+    except OSError as error:
+        raise HostError(f"{path}: {error.strerror}") from None
 
 
 def _entries(directory: Path) -> list[Path]:

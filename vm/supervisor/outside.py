@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping
 from typing import Final
 
-from netstack.errors import ConfigError, NetstackError
+from netstack.errors import ConfigError, HostError, NetstackError
 from vm.supervisor.home import Home
 from vm.supervisor.journal import Journal
 from vm.supervisor.network import Network
@@ -46,7 +46,7 @@ class Published:
                 continue
             self._degraded.pop(label, None)
             self._journal.add("published", f"published {self._held[spec]}", spec=self._held[spec])
-        self._home.write(_KEPT, {"specs": list(self._held.values())})
+        self._keep()
 
     async def withdraw(self) -> None:
         """Take everything back, as far as the network still answers."""
@@ -67,4 +67,11 @@ class Published:
                     continue  # nothing that it could have published
         except NetstackError:
             return  # it is gone, and asked again when it comes back
-        self._home.write(_KEPT, {"specs": []})
+        self._keep()
+
+    def _keep(self) -> None:
+        """For a successor. What cannot be written is no reason to lose a machine."""
+        try:
+            self._home.write(_KEPT, {"specs": list(self._held.values())})
+        except HostError as error:
+            self._journal.add("warning", f"what is published is not noted: {error}", level=logging.WARNING)

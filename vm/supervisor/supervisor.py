@@ -152,7 +152,10 @@ class Supervisor:
             await self._finish()
             if self.state not in ENDS:
                 self.state, self.reason = State.FAILED, "the supervisor failed; its log says how"
-            self.home.write("result", {"state": self.state.value, "reason": self.reason, "since": time.time()})
+            try:
+                self.home.write("result", {"state": self.state.value, "reason": self.reason, "since": time.time()})
+            except HostError as error:
+                log.warning("what became of it is not kept: %s", error)
             self.journal.end()
 
     async def _finish(self) -> None:
@@ -303,8 +306,6 @@ class Supervisor:
         machine = await self._driver.start(self.design.plan, self.home.state)
         self._machine = machine
         self._gone.clear()
-        if machine.pid:
-            self.home.record("hypervisor", machine.pid)
         watching = asyncio.create_task(self._follow(machine), name="machine")
 
         async def close() -> None:
@@ -314,6 +315,8 @@ class Supervisor:
             self.home.forget("hypervisor")
 
         stack.push_async_callback(close)
+        if machine.pid:
+            self.home.record("hypervisor", machine.pid)
 
     async def _follow(self, machine: Machine) -> None:
         verdict = await self.guest.follow(machine, self._driver.name, lambda found: self._end(found.cause, found.text))

@@ -272,6 +272,26 @@ async def test_what_a_killed_supervisor_published_is_taken_back_by_the_next() ->
         assert held
 
 
+async def test_a_disk_that_is_full_costs_notes_but_no_guest_its_power_down() -> None:
+    async with house(NETWORK % "vhost-user" + "publish: ['0:80']\n") as made:
+        await made.ready()
+        for name in ("published", "result"):
+            (made.home.path / f"{name}.json.new").mkdir()  # nothing can be written there
+        made.supervisor.restart()
+        await made.until(lambda: made.states.count("ready") == 2)
+        made.supervisor.down()
+        assert await made.over() is State.STOPPED
+        assert made.said.count("the guest is asked to power down") == 2
+        assert "what is published is not noted: " in made.said
+
+
+async def test_a_hypervisor_that_cannot_be_recorded_is_taken_down_again() -> None:
+    async with house("network: none\nready: none\n" + FAST) as made:
+        (made.home.path / "run" / "hypervisor.pid.new").mkdir()
+        assert await made.over() is State.FAILED
+        assert made.supervisor.reason == f"{made.home.path}/run/hypervisor.pid: Is a directory"
+
+
 async def test_what_the_guest_dials_at_the_control_port_is_served_by_the_network() -> None:
     text = NETWORK % "vhost-user" + "vsock: {ports: {control: 4098}}\n"
     async with house(text) as made:

@@ -135,6 +135,15 @@ def test_a_file_that_is_wrong_is_said_with_all_its_mistakes(supervisor: Callable
     assert one.wait()[0] == 2
 
 
+def test_a_state_directory_that_cannot_be_written_to_is_said(
+    supervisor: Callable[..., Process], directory: Path
+) -> None:
+    (directory / "s" / "lock").mkdir(parents=True)
+    one = supervisor()
+    assert one.report() == [{"kind": "error", "text": f"{directory}/s/lock: Is a directory", "status": 1}]
+    assert one.wait()[0] == 1
+
+
 def test_a_second_signal_does_not_wait_for_the_guest(supervisor: Callable[..., Process]) -> None:
     one = supervisor(ALONE, "powerdown=ignore")
     one.report()
