@@ -18,7 +18,7 @@ from uuid import UUID
 
 from vm import settings_values as values
 from vm.api import Disk, NicKind, Owner, Share, ShareKind
-from vm.linuxkit.fields import key
+from vm.linuxkit.fields import NO_KEY, key
 
 NIC_KINDS: Final = ("auto", "vhost-user", "qemu-stream", "qemu-dgram", "unixgram", "vmnet", "tap", "none")
 SHARE_KINDS: Final = ("auto", "9p-local", "9p-socket", "9p-vsock", "virtiofs")
@@ -164,7 +164,7 @@ class VmSettings:
     restart: RestartSettings = key("restart", default=RestartSettings())
     stop: StopSettings = key("stop", default=StopSettings())
     timesync: bool = key("timesync", check=values.truth, default=True)
-    file: Path = dataclasses.field(default=Path("vm.yml"), metadata={"key": "(file)"})
+    file: Path = dataclasses.field(default=Path("vm.yml"), metadata={"key": NO_KEY})
 
     @property
     def vsock_ports(self) -> dict[str, int]:

@@ -13,6 +13,7 @@ import pytest
 
 from pyvpnkit.commands import vm
 from vm import settings, settings_file
+from vm.linuxkit.fields import NO_KEY
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,7 +30,7 @@ def keys(kind: Any) -> Iterator[str]:
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         name = field.metadata["key"]
-        if name == "(file)":
+        if name == NO_KEY:
             continue
         yield name
         for inner in (hints[field.name], *typing.get_args(hints[field.name])):

@@ -24,6 +24,8 @@ Check = Callable[[Any], Any]
 """Returns the value, maybe in its usual spelling, or raises `ConfigError`."""
 
 _HIDDEN: Final = "mark"
+NO_KEY: Final = "-"
+"""Of a field that a file cannot say."""
 _BAD: Final = object()
 """Stands for a value that was complained about."""
 
@@ -62,7 +64,10 @@ def known(cls: type) -> Mapping[str, Known]:
 @functools.cache
 def _known_of(cls: Any) -> Mapping[str, Known]:
     hints = typing.get_type_hints(cls)
-    found = [_known(field, hints[field.name]) for field in dataclasses.fields(cls) if field.name != _HIDDEN]
+    shown = [
+        field for field in dataclasses.fields(cls) if field.name != _HIDDEN and field.metadata.get("key") != NO_KEY
+    ]
+    found = [_known(field, hints[field.name]) for field in shown]
     return {one.key: one for one in sorted(found, key=lambda one: not one.required)}
 
 

@@ -106,6 +106,11 @@ stopp: 1
     assert "source is missing" in said
 
 
+def test_what_no_file_can_say_is_not_offered() -> None:
+    (said,) = complaints(BOOT + "qqq: 1\n")
+    assert "known are: boot, console, cpus, " in said
+
+
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
