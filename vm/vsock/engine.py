@@ -220,8 +220,8 @@ class Engine:
 
     def close(self, connection: Connection) -> None:
         """Forget a connection and tell the guest, without an event: the host's side has ended it. Harmless when repeated."""
-        unknown_to_guest = connection.fresh and connection.state is State.CONNECTING
-        if self._remove(connection) and not unknown_to_guest:
+        known_to_guest = _known_to_guest(connection)
+        if self._remove(connection) and known_to_guest:
             self._reset(connection)
 
     def drop_all(self, why: Count = Count.RESET_TRANSPORT) -> None:
@@ -300,5 +300,13 @@ class Engine:
             self.events.append(Closed(connection, why))
 
     def _end(self, connection: Connection, why: Count) -> None:
+        known_to_guest = _known_to_guest(connection)
         self._forget(connection, why)
-        self._reset(connection)
+        if known_to_guest:
+            self._reset(connection)
+
+
+def _known_to_guest(connection: Connection) -> bool:
+    """Whether it is to be told of the end: not if our REQUEST never left, for a guest that takes nothing would make us hold an RST
+    for each."""
+    return not (connection.fresh and connection.state is State.CONNECTING)

@@ -159,6 +159,14 @@ def test_a_host_that_gives_up_before_the_request_left_leaves_no_trace(script: Sc
     assert script.hears() == [] and not script.engine.connections and not script.events()
 
 
+def test_a_guest_that_takes_nothing_makes_nothing_pile_up(script: Script) -> None:
+    for number in range(3):
+        script.now = number * CONNECT_S
+        assert script.engine.connect(2376, script.now) is not None
+        script.engine.timeout(script.now + CONNECT_S)
+    assert script.count(Count.RESET_TIMEOUT) == 3 and script.hears() == []
+
+
 def test_ports_of_the_host_begin_again_and_are_never_used_twice_at_once() -> None:
     script = Script()
     script.engine = Engine(GUEST, first_port=LAST_PORT - 1)

@@ -257,6 +257,34 @@ async def test_a_service_whose_queue_stays_full_is_refused(at: Path, monkeypatch
             assert sum(sock.state == "open" for sock in socks) >= 1
 
 
+async def test_many_calls_of_a_service_that_hangs_do_not_keep_us_busy(
+    at: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = 0
+
+    class Counted(unix.ShortPath):
+        def __init__(self, path: Path) -> None:
+            nonlocal tries
+            tries += 1
+            super().__init__(path)
+
+    monkeypatch.setattr("vm.vsock.api.paths.ShortPath", Counted)
+    loop = asyncio.get_running_loop()
+    answers: list[socket.socket | None] = []
+    async with unix.UnixSide(at, 3, lambda port, sock, greeting: False) as side:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(at / "00000002.00001002"))
+            listener.listen(0)
+            began = loop.time()
+            for _ in range(1000):
+                side.dial(SERVICE, answers.append)
+            await asyncio.sleep(1.5)
+            assert tries < 1100 + unix.MAX_RETRIES * 2 * (loop.time() - began)
+        for answer in answers:
+            assert answer is not None
+            answer.close()
+
+
 async def test_without_descriptors_the_guest_is_refused_and_the_rest_goes_on(at: Path) -> None:
     async with both(at) as (service, there):
         streams = await dial(at / "v" / "connect", b"00000003.00000948\n")
