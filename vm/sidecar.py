@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import os
+import resource
 import signal
 import threading
 from collections.abc import Callable, Coroutine
@@ -29,6 +30,13 @@ def run(program: Coroutine[Any, Any, _Made]) -> _Made:
         return asyncio.run(program)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(program)
+
+
+def more_descriptors() -> None:
+    """As many as may be had: guests open files and connections by the thousand, and the usual limit is 1024."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from netstack.errors import NetstackError
+from vm.sidecar import more_descriptors
 from vm.vsock.engine import LIMIT
 from vm.vsock.service import VsockService
 
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parser.parse_args(argv)
     except SystemExit as end:
         return int(end.code or 0)
+    more_descriptors()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         service = VsockService(

@@ -436,6 +436,19 @@ def start(at: Path, *options: str) -> subprocess.Popen[bytes]:
     return child
 
 
+def test_the_program_has_descriptors_for_all_connections_that_may_be(at: Path) -> None:
+    """What a descriptor was missing for in a message of the hypervisor's would end the device."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        child = start(at)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert resource.prlimit(child.pid, resource.RLIMIT_NOFILE) == (hard, hard)
+    child.terminate()
+    child.communicate(timeout=LIMIT_S)
+
+
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "stdin"])
 def test_the_program_ends_cleanly(at: Path, how: str) -> None:
     child = start(at, "--forward", "2376", *(["--end-with-stdin"] if how == "stdin" else []))

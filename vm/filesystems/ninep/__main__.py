@@ -12,7 +12,6 @@ import argparse
 import asyncio
 import contextlib
 import logging
-import resource
 import socket
 import sys
 from collections.abc import Sequence
@@ -52,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(end.code or 0)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        _more_descriptors()
+        sidecar.more_descriptors()
         limits = Limits(msize=options.msize)
         share = Share(options.export, parse_owner(options.owner), read_only=options.read_only, limits=limits)
         with contextlib.ExitStack() as stack:
@@ -76,13 +75,6 @@ def _connected(fd: int) -> socket.socket:
     except OSError as error:
         raise ConfigError(f"--serve-fd: {fd}: {error.strerror}; it must be a connected stream socket") from None
     return sock
-
-
-def _more_descriptors() -> None:
-    """As many as may be had: guests open files by the thousand."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 async def _run(server: FileServer, connected: socket.socket | None, options: argparse.Namespace) -> None:
