@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import shutil
 from pathlib import Path
 from typing import Final
 
@@ -70,7 +69,8 @@ class ConsoleLog:
 def trim(path: Path, most: int = MOST) -> bool:
     """Halve a log that another program appends to, when it is longer than half of `most`; whether that was so. Raises `OSError`.
 
-    What it writes between the copy and the cut is lost. A log that is not there yet is short enough.
+    What it writes between the copy and the cut is lost. A log that is not there yet is short enough. It is cut even if the copy
+    fails: a disk that the log has filled would stay full otherwise.
     """
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -82,10 +82,15 @@ def trim(path: Path, most: int = MOST) -> bool:
             return False
         current.seek(max(0, size - most // 2))
         copy = path.with_name(path.name + ".1.new")
-        with open(os.open(copy, _FLAGS | os.O_WRONLY | os.O_TRUNC, 0o600), "wb") as kept:
-            shutil.copyfileobj(current, kept)
-        os.replace(copy, older(path))
-        os.ftruncate(fd, 0)
+        try:
+            with open(os.open(copy, _FLAGS | os.O_WRONLY | os.O_TRUNC, 0o600), "wb") as kept:
+                kept.write(current.read(most // 2))  # and not what is added meanwhile
+            os.replace(copy, older(path))
+        except OSError:
+            copy.unlink(missing_ok=True)
+            raise
+        finally:
+            os.ftruncate(fd, 0)
     return True
 
 
@@ -99,12 +104,14 @@ class LogKeeper:
         self._task = asyncio.create_task(self._run())
 
     async def _run(self) -> None:
+        warned = False
         while True:
             try:
                 trim(self.path, self._most)
             except OSError as error:
-                log.warning("%s: %s; it grows without bound", self.path, error.strerror)
-                return
+                if not warned:
+                    log.warning("%s: %s; what the console says is not kept", self.path, error.strerror)
+                warned = True
             await asyncio.sleep(self._every_s)
 
     async def close(self) -> None:

@@ -95,6 +95,31 @@ async def test_a_log_that_another_program_appends_to_is_trimmed(tmp_path: Path) 
     assert lines(0, said).endswith(kept(path))
 
 
+async def test_a_full_disk_is_freed_of_a_log_that_has_filled_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "console.log"
+    path.write_bytes(b"x" * MOST)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        keeper = LogKeeper(path, MOST, every_s=0.001)
+        async with asyncio.timeout(20):
+            while path.stat().st_size:  # noqa: ASYNC110  # what is waited for is in the file system
+                await asyncio.sleep(0.001)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert len(caplog.records) == 1 and os.listdir(tmp_path) == ["console.log"]
+    path.write_bytes(lines(0, 1000))
+    async with asyncio.timeout(20):
+        while not older(path).exists():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    await keeper.close()
+    assert lines(0, 1000).endswith(kept(path))
+
+
 def test_a_short_or_absent_log_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "console.log"
     assert not trim(path, MOST)
