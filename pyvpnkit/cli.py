@@ -185,6 +185,10 @@ def parser() -> argparse.ArgumentParser:
     vm.add(command)
     kube.add_arguments(command("kube-forwarder", kube.HELP, epilog=kube.EXAMPLES))
 
+    command("vpnkit", "VPNKit's own command line, for programs that start vpnkit", add_help=False).add_argument(
+        "rest", nargs=argparse.REMAINDER
+    )
+
     for name, help in IN_VM.items():
         command(name, f"inside a VM: {help}", add_help=False).add_argument("rest", nargs=argparse.REMAINDER)
 
@@ -205,7 +209,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own) and return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] in entry.IN_VM:
+    if argv and argv[0] in entry.OTHERS:
         return entry.main(argv)
     try:
         parsed = arguments(argv)

@@ -192,6 +192,13 @@ class HostSide:
             if self._loop is not None:
                 self._start_resolvers(self._loop)
 
+    def reload_names(self, settings: Settings) -> None:
+        """The same for the domain and the search list that guests are told."""
+        self._stack.dhcp.rename(settings.network)
+        self.reload_dns(settings)
+        if not settings.network.search:
+            self._stack.dhcp.search = self.resolvers().search
+
     def reload_ways_out(self, settings: Settings) -> None:
         """The same for ways out."""
         self.ways_out.replace(settings.way_out, fail=settings.way_out_fail, datagrams=settings.way_out_udp)

@@ -359,6 +359,7 @@ class Service:
         """Group by group, so that a mistake in one leaves the others; returns the keys of those that could not be had."""
         groups: tuple[tuple[Callable[[Option], bool], Callable[[Settings], None]], ...] = (
             (lambda option: option.section == "dns", self.host.reload_dns),
+            (lambda option: option.section == "network", self.host.reload_names),
             (lambda option: option.key.startswith("way_out"), self.host.reload_ways_out),
             (lambda option: option.section == "http_proxy", self.host.reload_proxy),
         )

@@ -148,6 +148,11 @@ class Server:
     def search(self, names: Iterable[str]) -> None:
         self._search = tuple(filter(_is_name, names))
 
+    def rename(self, network: Network) -> None:
+        """Tell domain and search list of `network` from the next renewal on. Raises `ConfigError`, and those before hold on."""
+        self._settings |= _names(network)
+        self._search = network.search
+
     def handle(
         self,
         payload: bytes | memoryview,
@@ -406,14 +411,6 @@ class Server:
 def _settings(network: Network, routes: Iterable[tuple[str, str]]) -> dict[int, bytes]:
     """Options that are the same for every client; empty values for what is not set. Raises `ConfigError`."""
     gateway = network.gateway_bytes
-    try:
-        dhcp.encode_names(network.search)
-    except ValueError as error:
-        raise ConfigError(f"search: {error}; give names such as corp.example") from None
-    try:
-        domain = dhcp.check_name(network.domain) if network.domain else b""
-    except ValueError as error:
-        raise ConfigError(f"domain: {error}; give a name such as internal") from None
     further = []
     for destination, router in routes:
         try:
@@ -426,12 +423,24 @@ def _settings(network: Network, routes: Iterable[tuple[str, str]]) -> dict[int, 
         Option.SUBNET_MASK: network.network.netmask.packed,
         Option.ROUTER: gateway,
         Option.DNS_SERVER: b"".join(parse_ipv4(text, "dns_servers") for text in network.dns_servers) or gateway,
-        Option.DOMAIN_NAME: domain,
+        **_names(network),
         Option.INTERFACE_MTU: struct.pack("!H", network.mtu),
         Option.BROADCAST_ADDRESS: network.network.broadcast_address.packed,
         Option.NTP_SERVER: b"".join(parse_ipv4(text, "ntp_servers") for text in network.ntp_servers) or gateway,
         Option.CLASSLESS_ROUTES: dhcp.encode_routes(further),
     }
+
+
+def _names(network: Network) -> dict[int, bytes]:
+    """The domain's option, and a look at the search list. Raises `ConfigError`."""
+    try:
+        dhcp.encode_names(network.search)
+    except ValueError as error:
+        raise ConfigError(f"search: {error}; give names such as corp.example") from None
+    try:
+        return {Option.DOMAIN_NAME: dhcp.check_name(network.domain) if network.domain else b""}
+    except ValueError as error:
+        raise ConfigError(f"domain: {error}; give a name such as internal") from None
 
 
 def _is_name(name: str) -> bool:
