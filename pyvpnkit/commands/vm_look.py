@@ -21,6 +21,8 @@ from vm.supervisor.design import design
 from vm.supervisor.home import Home
 
 _LOOK_S: Final = 0.1
+_MAX_LINE: Final = 64 << 10
+"""Octets; a guest may never end a line."""
 
 
 def console(parsed: argparse.Namespace) -> int:
@@ -59,22 +61,28 @@ def _logs(home: Home) -> list[str]:
 def _follow(path: Path) -> None:
     """Lines as they come; a log that is begun anew is followed there."""
     file = path.open("rb")
-    file.seek(0, 2)
-    rest = b""
-    while True:
-        if octets := file.read(65536):
-            *lines, rest = (rest + octets).split(b"\n")
-            for line in lines:
-                print(clean(line.decode(errors="replace").rstrip("\r")), flush=True)
-            continue
-        time.sleep(_LOOK_S)
-        with contextlib.suppress(OSError):
-            now = path.stat()
-            if now.st_ino != os.fstat(file.fileno()).st_ino:
-                file.close()
-                file = path.open("rb")
-            elif now.st_size < file.tell():
-                file.seek(0)
+    try:
+        file.seek(0, 2)
+        rest = b""
+        while True:
+            if octets := file.read(65536):
+                *lines, rest = (rest + octets).split(b"\n")
+                if len(rest) > _MAX_LINE:
+                    lines, rest = [*lines, rest], b""
+                for line in lines:
+                    print(clean(line.decode(errors="replace").rstrip("\r")), flush=True)
+                continue
+            time.sleep(_LOOK_S)
+            with contextlib.suppress(OSError):
+                now = path.stat()
+                if now.st_ino != os.fstat(file.fileno()).st_ino:
+                    fresh = path.open("rb")
+                    file.close()
+                    file = fresh
+                elif now.st_size < file.tell():
+                    file.seek(0)
+    finally:
+        file.close()
 
 
 def plan(parsed: argparse.Namespace) -> int:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from pyvpnkit.commands import vm_look
 from tests.roof.commands.conftest import Done
 from tests.support import golden
 from tests.support.vm_house import nothing_left, short_directory
@@ -238,6 +239,24 @@ def test_logs_follow_what_comes(shell: Shell) -> None:
             assert line, "it has ended"
         following.send_signal(signal.SIGINT)
         assert following.wait(LIMIT_S) == 0
+
+
+def test_a_line_that_never_ends_is_shown_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "console.log"
+    log.touch()
+
+    def sleep(_seconds: float) -> None:
+        if log.stat().st_size:
+            raise KeyboardInterrupt
+        log.write_bytes(b"x" * 300_000)
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    with pytest.raises(KeyboardInterrupt):
+        vm_look._follow(log)
+    lines = capsys.readouterr().out.splitlines()
+    assert 200_000 < sum(map(len, lines)) and max(map(len, lines)) < 140_000
 
 
 def test_pause_resume_restart(shell: Shell) -> None:

@@ -25,7 +25,7 @@ from vm.hypervisors.machine import ProcessMachine
 from vm.hypervisors.prepare import prepare
 from vm.hypervisors.process import Process, ended, spawn, until
 from vm.hypervisors.qemu_plan import NAME, Host, host_arch, kvm_denied
-from vm.hypervisors.qmp import Qmp, QmpEvent
+from vm.hypervisors.qmp import MAX_WORDS, Qmp, QmpEvent
 
 log = logging.getLogger("pyvpnkit")
 
@@ -143,7 +143,7 @@ class QemuMachine(ProcessMachine):
     def hear(self, event: QmpEvent) -> None:
         """An event of QEMU's. Those that are not of interest are many: a guest can make some of them at will."""
         by_guest = event.data.get("guest") is True
-        reason = str(event.data.get("reason", ""))
+        reason = str(event.data.get("reason", ""))[:MAX_WORDS]
         match event.name:
             case "RESUME":
                 if self._begun:  # the first is STARTED
@@ -153,7 +153,8 @@ class QemuMachine(ProcessMachine):
                 self.tell(Event(kind=EventKind.PAUSED, text=self._why))
                 self._why = ""
             case "BLOCK_IO_ERROR" if event.data.get("action") == "stop":
-                self._why = f"disk {event.data.get('device', '')}: {event.data.get('reason', 'an error')}"
+                disk = str(event.data.get("device", ""))[:MAX_WORDS]
+                self._why = f"disk {disk}: {reason or 'an error'}"
             case "POWERDOWN":
                 self.tell(Event(kind=EventKind.POWERDOWN))
             case "SHUTDOWN":

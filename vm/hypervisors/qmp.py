@@ -25,6 +25,8 @@ from typing import Any, Final, TypeAlias
 from netstack.errors import HostError, Malformed
 
 MAX_LINE: Final = 1 << 20
+MAX_WORDS: Final = 1000
+"""Characters of an error of QEMU's that are passed on."""
 _TOO_LONG: Final = f"qmp: a line of more than {MAX_LINE} octets"
 LIMIT_S: Final = 10.0
 Version: TypeAlias = tuple[int, int, int]
@@ -98,7 +100,7 @@ def parse(line: bytes | bytearray) -> Message:
             return Reply(id, value)
         case {"error": {"desc": str(words)}, **more}:
             known = more.get("id")  # without one: the line was no command to it
-            return Reply(known if isinstance(known, int) else 0, error=words)
+            return Reply(known if isinstance(known, int) else 0, error=words[:MAX_WORDS])
     raise Malformed("qmp: neither greeting, answer nor event")
 
 

@@ -14,6 +14,8 @@ from vm.api import RestCall
 from vm.hypervisors.process import Process, until
 
 MAX_ANSWER: Final = 1 << 20
+MAX_WORDS: Final = 1000
+"""Characters of a refusal that are passed on."""
 LIMIT_S: Final = 10.0
 
 
@@ -39,7 +41,7 @@ class Rest:
             async with session, session.request(call.method, f"http://localhost{call.path}", json=call.body) as answer:
                 text = await _text(answer)
                 if answer.status >= 300:
-                    raise HostError(f"{what}: {answer.status} {text.strip() or answer.reason}")
+                    raise HostError(f"{what}: {answer.status} {text.strip() or answer.reason}"[:MAX_WORDS])
                 return json.loads(text) if text.strip() else None
         except TimeoutError:
             raise HostError(f"{what}: no answer within {limit_s:.0f} s") from None

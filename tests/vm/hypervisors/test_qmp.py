@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from netstack.errors import HostError, Malformed
-from vm.hypervisors.qmp import MAX_LINE, Greeting, Qmp, QmpEvent, Reply, Session, parse
+from vm.hypervisors.qmp import MAX_LINE, MAX_WORDS, Greeting, Qmp, QmpEvent, Reply, Session, parse
 
 GREETING = (  # of QEMU 7.2.22, Debian
     b'{"QMP": {"version": {"qemu": {"micro": 22, "minor": 2, "major": 7}, "package": "Debian 1:7.2+dfsg-7+deb12u18"},'
@@ -59,6 +59,9 @@ def test_commands_have_ids_of_their_own() -> None:
         (
             b'{"error": {"class": "GenericError", "desc": "JSON parse error"}}',
             Reply(0, error="JSON parse error"),
+        ),
+        pytest.param(
+            b'{"id": 1, "error": {"desc": "%s"}}' % (b"x" * 100_000), Reply(1, error="x" * MAX_WORDS), id="many words"
         ),
         (b'{"event": "X", "data": 5}', QmpEvent("X")),
     ],
