@@ -31,6 +31,10 @@ from vm.supervisor.lifecycle import State
 from vm.supervisor.supervisor import Supervisor
 
 MAX_LOG: Final = 1 << 20
+FULL_S: Final = 0.1
+"""After which somebody who does not read is tried again."""
+TOLD_S: Final = 1.0
+"""How long he may hold up the end."""
 FINAL: Final = (State.READY.value, State.STOPPED.value, State.FAILED.value)
 _FORMAT: Final = "%(asctime)s %(levelname)s %(message)s"
 
@@ -48,21 +52,41 @@ class Report:
 
     def __init__(self, descriptor: int | None) -> None:
         self._descriptor = descriptor
+        if descriptor is not None:
+            os.set_blocking(descriptor, False)
+
+    async def tell(self, entry: dict[str, Any]) -> None:
+        """Who waited for it may be gone, or stopped, which holds up nothing but this."""
+        left = self._write(_line(entry))
+        while left:
+            await asyncio.sleep(FULL_S)
+            left = self._write(left)
 
     def say(self, entry: dict[str, Any]) -> None:
-        """Who waited for it may be gone."""
+        """The same at once, or never."""
+        self._write(_line(entry))
+
+    def _write(self, octets: bytes) -> bytes:
+        """What is left of them."""
         if self._descriptor is None:
-            return
+            return b""
         try:
-            os.write(self._descriptor, json.dumps(entry).encode() + b"\n")
+            return octets[os.write(self._descriptor, octets) :]
+        except BlockingIOError:
+            return octets
         except OSError:
             self.close()
+            return b""
 
     def close(self) -> None:
         """Harmless when repeated."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    return json.dumps(entry).encode() + b"\n"
 
 
 async def supervise(home: Home, wanted: VmSettings, report: Report) -> State:
@@ -90,13 +114,15 @@ async def supervise(home: Home, wanted: VmSettings, report: Report) -> State:
         async with serving(supervisor):
             return await supervisor.run()
     finally:
+        await asyncio.wait([telling], timeout=TOLD_S)
+        telling.cancel()
         await asyncio.gather(telling, return_exceptions=True)
 
 
 async def _tell(supervisor: Supervisor, report: Report) -> None:
     async with contextlib.aclosing(supervisor.journal.read()) as entries:
         async for entry in entries:
-            report.say(_with_degraded(entry, supervisor))
+            await report.tell(_with_degraded(entry, supervisor))
             if entry.get("state") in FINAL:
                 report.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -34,9 +35,15 @@ def directory() -> Iterator[Path]:
 class Process:
     """`python -m vm.supervisor` for one machine."""
 
-    def __init__(self, directory: Path, file: Path) -> None:
+    def __init__(self, directory: Path, file: Path, *, unread: bool = False) -> None:
         self.home = Home(directory / "s")
         reading, writing = os.pipe()
+        if unread:
+            os.set_blocking(writing, False)
+            with contextlib.suppress(BlockingIOError):
+                while os.write(writing, bytes(4096)):
+                    pass
+            os.set_blocking(writing, True)
         self.child = subprocess.Popen(
             [
                 sys.executable,
@@ -83,8 +90,8 @@ class Process:
 def supervisor(directory: Path) -> Iterator[Callable[..., Process]]:
     made: list[Process] = []
 
-    def start(text: str = ALONE, *words: str) -> Process:
-        made.append(Process(directory, write(directory, text, *words)))
+    def start(text: str = ALONE, *words: str, unread: bool = False) -> Process:
+        made.append(Process(directory, write(directory, text, *words), unread=unread))
         return made[-1]
 
     yield start
@@ -108,6 +115,16 @@ def test_it_says_how_it_goes_until_it_is_ready_and_then_no_more(supervisor: Call
     assert one.wait() == (0, "")
     assert nothing_left(one.home) == []
     assert one.home.read("result")["state"] == "stopped"
+
+
+def test_a_parent_that_is_stopped_holds_up_neither_the_machine_nor_its_end(
+    supervisor: Callable[..., Process],
+) -> None:
+    one = supervisor(unread=True)
+    until(lambda: one.home.exists and " ready" in one.home.state.log("supervisor").read_text())
+    one.child.send_signal(signal.SIGTERM)
+    assert one.wait() == (0, "")
+    assert nothing_left(one.home) == []
 
 
 def test_a_second_one_is_refused_while_the_first_runs(supervisor: Callable[..., Process]) -> None:
