@@ -253,7 +253,8 @@ class Translation:
     def _ethernet(self) -> None:
         text = self._line.last("ethernet")
         if text is None:
-            self.complaints.append("Please provide an --ethernet argument, such as --ethernet /tmp/ethernet.sock")
+            if not any(complaint.startswith("--ethernet:") for complaint in self.complaints):
+                self.complaints.append("Please provide an --ethernet argument, such as --ethernet /tmp/ethernet.sock")
         elif (where := self._address("ethernet", text)) is not None:
             self._give("ethernet", "links", f"vmnet:{where.replace(',', ',,')}")
 

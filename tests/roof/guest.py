@@ -26,6 +26,9 @@ LIMIT_S = 10.0
 class StreamGuest:
     """Speaks Ethernet over a connected stream; answers ARP for its address while it waits for something."""
 
+    LENGTH = struct.Struct("!I")
+    """What goes before each frame."""
+
     def __init__(self, path: str, mac: bytes = b"\x02\0\0\0\0\x07") -> None:
         self.mac = mac
         self.address = bytes(4)
@@ -47,7 +50,7 @@ class StreamGuest:
         self._sock.close()
 
     def send(self, frame: bytes) -> None:
-        self._sock.sendall(struct.pack("!I", len(frame)) + frame)
+        self._sock.sendall(self.LENGTH.pack(len(frame)) + frame)
 
     def send_ip(self, destination: bytes, protocol: int, payload: bytes) -> None:
         packet = packets.ipv4(self.address, destination, protocol, payload)
@@ -57,11 +60,11 @@ class StreamGuest:
         """Frames as they come; `TimeoutError` when none does for `limit_s`, the end when the link is closed."""
         self._sock.settimeout(limit_s)
         while True:
-            while len(self._received) >= 4:
-                (length,) = struct.unpack_from("!I", self._received)
-                if len(self._received) < 4 + length:
+            while len(self._received) >= self.LENGTH.size:
+                end = self.LENGTH.size + self.LENGTH.unpack_from(self._received)[0]
+                if len(self._received) < end:
                     break
-                frame, self._received = self._received[4 : 4 + length], self._received[4 + length :]
+                frame, self._received = self._received[self.LENGTH.size : end], self._received[end:]
                 self._answer_arp(frame)
                 yield frame
             try:
