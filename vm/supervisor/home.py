@@ -89,6 +89,12 @@ class Home:
             found = os.lstat(self.path)
             if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
                 raise ConfigError(f"state directory: {self.path} is not this user's; choose another with --state-dir")
+            if (there := set(os.listdir(self.path))) and not there & {"lock", "run"}:
+                # Nobody else may look into it afterwards, and links and sockets in it are taken for ours.
+                raise ConfigError(
+                    f"state directory: {self.path} has other things in it, such as {min(there)!r}; "
+                    "name one that is empty or not there, with --state-dir"
+                )
             # Sockets and a console are in it: nobody else may even look.
             self.path.chmod(0o700)
             for inner in ("log", "run", "vsock"):

@@ -265,6 +265,14 @@ def test_a_directory_that_is_a_link_is_refused(directory: Path) -> None:
         Home(directory / "s").prepare()
 
 
+def test_a_directory_of_somebody_elses_things_is_refused_and_left_as_it_is(directory: Path) -> None:
+    directory.chmod(0o755)
+    (directory / "link").symlink_to("/tmp")
+    with pytest.raises(ConfigError, match="has other things in it, such as 'link'"):
+        Home(directory).prepare()
+    assert directory.stat().st_mode & 0o777 == 0o755 and os.listdir(directory) == ["link"]
+
+
 def test_a_path_that_is_too_long_for_sockets_is_said_at_once() -> None:
     with pytest.raises(ConfigError, match="--state-dir"):
         _ = StateDir(Path("/" + "x" * 100)).control
