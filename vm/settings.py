@@ -18,6 +18,7 @@ from uuid import UUID
 
 from vm import settings_values as values
 from vm.api import Disk, NicKind, Owner, Share, ShareKind
+from vm.filesystems import registry
 from vm.linuxkit.fields import NO_KEY, key
 
 NIC_KINDS: Final = ("auto", "vhost-user", "qemu-stream", "qemu-dgram", "unixgram", "vmnet", "tap", "none")
@@ -26,6 +27,11 @@ OWNERS: Final = ("mapped", "passthrough", "squash", "requester")
 ACCELS: Final = ("auto", "kvm", "hvf", "tcg")
 DOCKER_PORT: Final = 2376
 """Of Docker for Mac's machine (spec companions 1.2)."""
+
+
+def _share_kind(text: str) -> str:
+    """Ours, or that of another package."""
+    return str(values.one_of("auto", *registry.names())(text))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +97,7 @@ class ShareSettings:
     source: Path = key("source", check=values.path, required=True)
     target: str = key("target", check=values.target, required=True)
     tag: str = key("tag", check=values.name, default="")
-    kind: Literal["auto"] | ShareKind = key("kind", check=values.one_of(*SHARE_KINDS), default="auto")
+    kind: Literal["auto"] | ShareKind = key("kind", check=_share_kind, default="auto")
     owner: Owner = key("owner", check=values.one_of(*OWNERS), default="mapped")
     uid: int = key("uid", check=values.whole(0, (1 << 32) - 2), default=0)
     gid: int = key("gid", check=values.whole(0, (1 << 32) - 2), default=0)

@@ -93,6 +93,8 @@ def spec_of(settings: VmSettings, home: Home, driver: Hypervisor) -> VmSpec:
     assert set(SHARE_ORDER) == set(SHARE_KINDS) - {"auto"}
 
     def share_kind(share: ShareSettings) -> ShareKind:
+        if share.kind != "auto" and share.kind not in SHARE_KINDS:
+            return share.kind  # of another package
         able = frozenset(kind for kind in driver.caps.shares if share.owner in _owners(driver.caps, kind))
         order = SHARE_ORDER if share.owner == "passthrough" else OWNED_ORDER
         return _choose(f"shares: owner {share.owner}", driver, share.kind, order, able)

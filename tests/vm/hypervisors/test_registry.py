@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 
 from netstack.errors import ConfigError
-from vm.api import HYPERVISORS
+from vm import settings_file
+from vm.api import FILESYSTEMS, HYPERVISORS
 from vm.filesystems import registry as filesystems
 from vm.hypervisors import registry
+from vm.supervisor.design import design
+from vm.supervisor.home import Home
 
 GOOD = """
 from vm.api import Caps
@@ -76,6 +79,29 @@ def test_a_file_system_of_another_package(install: Callable[..., None]) -> None:
     assert str(filesystems.load("nfs").kind) == "nfs"
     with pytest.raises(ConfigError, match="hypervisor 'nfs'"):
         registry.load("nfs")
+
+
+NFS = """
+from vm.api import Endpoint, Sidecar
+
+class Nfs:
+    kind = "nfs"
+    owners = frozenset({"passthrough"})
+    def plan(self, share, state, index=0):
+        server = Sidecar(name=f"share-{share.tag}", argv=("nfsd", str(share.source)))
+        return Endpoint(share=share, sidecars=(server,), mount=f"mount -t nfs host: {share.target}")
+"""
+
+
+@pytest.mark.parametrize("driver", ["qemu", "firecracker", "fake"])
+def test_a_machine_has_a_share_of_another_package(install: Callable[..., None], tmp_path: Path, driver: str) -> None:
+    text = "boot: {kernel: k}\nshares: [{source: /src, target: /dst, kind: nfs, owner: passthrough}]\n"
+    with pytest.raises(ConfigError, match=r"shares\.kind: 'nfs' is unknown"):
+        settings_file.of_text(text, tmp_path / "vm.yml")
+    install("their-nfs", NFS, group=FILESYSTEMS, nfs="their_nfs:Nfs")
+    made = design(settings_file.of_text(text, tmp_path / "vm.yml"), Home(tmp_path / "s"), registry.load(driver))
+    assert [one.argv for one in made.sidecars] == [("nfsd", "/src")]
+    assert made.mounts == ("mount -t nfs host: /dst",)
 
 
 @pytest.mark.parametrize(
