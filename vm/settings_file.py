@@ -187,19 +187,21 @@ def _absolute(found: VmSettings, file: Path) -> VmSettings:
     file = file.absolute()
     base = file.parent
 
-    def of(path: Path | None) -> Path | None:
-        if path is None:
-            return None
+    def expanded(path: Path | None) -> Path | None:
         try:
-            return base / path.expanduser()
+            return path and path.expanduser()
         except RuntimeError:
             raise ConfigError(f"{file}: {path}: this user has no home directory; write the whole path") from None
+
+    def of(path: Path | None) -> Path | None:
+        found = expanded(path)
+        return found and base / found
 
     def tidy(path: Path) -> Path:
         # `..` stays where it stands: what is before it may be a link.
         return Path(*[part for part in (of(path) or path).parts if part != "."])
 
-    boot, hypervisor, network = found.boot, found.hypervisor, found.network
+    boot, hypervisor, network, console = found.boot, found.hypervisor, found.network, found.console
     binary = hypervisor.binary
     return dataclasses.replace(
         found,
@@ -209,6 +211,9 @@ def _absolute(found: VmSettings, file: Path) -> VmSettings:
         # A bare word is looked for in PATH.
         hypervisor=dataclasses.replace(hypervisor, binary=of(binary) if binary and len(binary.parts) > 1 else binary),
         network=dataclasses.replace(network, config=of(network.config)),
+        # These are relative to the state directory.
+        console=dataclasses.replace(console, path=expanded(console.path), log=expanded(console.log)),
+        docker=found.docker and dataclasses.replace(found.docker, path=expanded(found.docker.path)),
         disks=tuple(dataclasses.replace(disk, path=tidy(disk.path)) for disk in found.disks),
         shares=tuple(dataclasses.replace(share, source=tidy(share.source)) for share in found.shares),
     )

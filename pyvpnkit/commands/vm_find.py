@@ -109,12 +109,20 @@ def status(home: Home) -> dict[str, Any]:
     }
 
 
-def tail(path: Path, lines: int, most: int = 256 << 10) -> list[str]:
-    """The last lines of a log."""
+def size_of(path: Path) -> int:
+    """In octets; 0 where there is none."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def tail(path: Path, lines: int, most: int = 256 << 10, *, after: int = 0) -> list[str]:
+    """The last lines of a log, of those that came when it had `after` octets; of all where it has been cut since."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
-            file.seek(max(0, size - most))
+            file.seek(max(0, size - most, after if after <= size else 0))
             octets = file.read(most)
     except OSError:
         return []

@@ -8,7 +8,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Final, Protocol
 
 from netstack.errors import ConfigError
@@ -40,6 +41,7 @@ def up(parsed: argparse.Namespace) -> int:
 
         return supervisor.main([str(file), "--state-dir", str(home.path), "--foreground"])
     began = time.monotonic()
+    before = {path: vm_find.size_of(path) for path in _logs(settings, home).values()}
     reading, writing = os.pipe()
     with open(home.state.log("supervisor"), "ab", opener=_private) as log:
         process = subprocess.Popen(
@@ -63,7 +65,7 @@ def up(parsed: argparse.Namespace) -> int:
     os.close(writing)
     with open(reading, "rb") as report, _progress() as progress:
         try:
-            return _wait(_entries(report), settings, home, progress, began, wait=not parsed.no_wait)
+            return _wait(_entries(report), settings, home, progress, began, before, wait=not parsed.no_wait)
         except KeyboardInterrupt:
             progress.line(f"it goes on in the background; `pyvpnkit vm down {settings.name}` stops it", bad=True)
             return 130
@@ -82,7 +84,14 @@ def _entries(report: Any) -> Iterator[dict[str, Any]]:
 
 
 def _wait(
-    entries: Iterator[dict[str, Any]], settings: VmSettings, home: Home, progress: Progress, began: float, *, wait: bool
+    entries: Iterator[dict[str, Any]],
+    settings: VmSettings,
+    home: Home,
+    progress: Progress,
+    began: float,
+    before: Mapping[Path, int],
+    *,
+    wait: bool,
 ) -> int:
     for entry in entries:
         text, state = clean(entry["text"]), entry.get("state")
@@ -95,7 +104,7 @@ def _wait(
             return 0
         if state in ("failed", "stopped"):
             _ended(home)
-            _epitaph(entry["text"], settings, home, progress)
+            _epitaph(entry["text"], settings, home, progress, before)
             return 1
         if state in ("sidecars", "created"):
             if not wait:
@@ -130,13 +139,17 @@ def _lines(text: str) -> str:
     return "\n        ".join(map(clean, text.splitlines()))
 
 
-def _epitaph(text: str, settings: VmSettings, home: Home, progress: Progress) -> None:
+def _logs(settings: VmSettings, home: Home) -> dict[str, Path]:
+    """Those that may say why it did not come up."""
+    driver = settings.hypervisor.driver
+    return {"console": home.state.console_log, driver: home.state.log(driver)}
+
+
+def _epitaph(text: str, settings: VmSettings, home: Home, progress: Progress, before: Mapping[Path, int]) -> None:
+    """With the last of its logs, but nothing that was in them `before`."""
     progress.line(f"{settings.name} {_lines(text)}", bad=True)
-    for name, path in (
-        ("console", home.state.console_log),
-        (settings.hypervisor.driver, home.state.log(settings.hypervisor.driver)),
-    ):
-        lines = vm_find.tail(path, SHOWN_LINES)
+    for name, path in _logs(settings, home).items():
+        lines = vm_find.tail(path, SHOWN_LINES, after=before[path])
         if lines:
             progress.line(f"the last of {path} ({name}):")
             for line in lines:

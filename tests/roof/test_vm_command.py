@@ -142,6 +142,10 @@ def test_a_machine_that_fails_says_why_with_the_last_of_its_log(shell: Shell) ->
     assert "box failed: not ready within 0.5 s (ready: console:never said)" in up.err
     assert "box boots" in up.out
     assert shell("status", "box").status == 1
+    shell.write(ALONE, "box", "start=fails")
+    again = shell("up", "box.yml")
+    assert again.status == 1
+    assert "box boots" not in again.out  # that was the one before
 
 
 def test_a_file_that_is_wrong_starts_nothing(shell: Shell) -> None:
@@ -217,9 +221,10 @@ def test_console_logs_events_and_list(shell: Shell) -> None:
     assert listed.out.splitlines()[1].split() == ["box", "ready", str(shell.directory / "box.yml")]
     assert [one["name"] for one in json.loads(shell("list", "--json").out)] == ["box"]
     with shell.start("events", "box") as events:
+        assert events.stdout is not None
+        assert events.stdout.readline().split("  ")[1] == "sidecars\n"
         shell("down", "box")
         said = events.communicate(timeout=LIMIT_S)[0]
-    assert said.splitlines()[0].split("  ")[1] == "sidecars"
     assert "stopped: asked to go down" in said
     gone = shell("console", "box")
     assert gone.status == 1

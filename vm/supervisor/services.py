@@ -142,7 +142,7 @@ async def serve_host(supervisor: Supervisor, streams: Vsock | None) -> None:
         try:
             supervisor.docker = DockerSocket(path, dial)
         except ConfigError as error:
-            supervisor.degrade("docker_socket", str(error))
+            supervisor.degrade("docker_socket", str(error).removeprefix("docker_socket: "))
         else:
             supervisor.journal.add("published", f"docker.sock is {path}")
     port = settings.vsock_ports.get("timesync")

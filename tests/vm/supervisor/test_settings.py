@@ -54,9 +54,12 @@ disks: [{path: data.img, size: 4G, discard: true}]
 shares: [{tag: users, source: ~/src, target: /Users/me/src, kind: 9p-local, owner: mapped}]
 console: {path: tty, log: console.log}
 publish: ["8080:80/tcp"]
-docker_socket: docker.sock
+docker_socket: ~/docker.sock
 """
     )
+    assert found.docker is not None
+    assert found.docker.path == Path("/home/me/docker.sock")
+    assert found.console.path == Path("tty")
     assert found.publish == ("tcp:8080:80",)
     assert found.disks[0].size == 4 << 30
     assert found.shares[0].source == Path("/home/me/src")
