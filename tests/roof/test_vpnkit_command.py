@@ -414,6 +414,7 @@ def test_linuxkit_starts_it_with_two_listening_sockets(directory: Path) -> None:
                     inside = guest.listen(80)
                     inside.send(packets.ACK | packets.PSH, b"welcome")
                     assert visitor.recv(100) == b"welcome"
+                    inside.send(packets.RST)  # or the end waits for it
                 assert http(directory / "port.sock", "/forwards/list").startswith(b"HTTP/1.1 200")
                 published.close()
         process.send_signal(signal.SIGTERM)
@@ -476,6 +477,7 @@ def test_a_guest_finds_what_vpnkit_has(directory: Path) -> None:
         server.settimeout(LIMIT_S)
         server.accept()[0].close()
         assert connection.ended_by() == "FIN"
+        connection.send(packets.RST)  # or the end waits for it
 
 
 def test_without_a_host_address_nobody_stands_for_the_host(directory: Path) -> None:
