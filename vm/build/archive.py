@@ -34,6 +34,8 @@ MAX_HEADER: Final = 1 << 20
 """Of one header with its extensions, which tarfile reads at once."""
 MAX_HEADERS: Final = 256 << 20
 """Of all of them together: what global ones say is remembered to the end."""
+MAX_MEMORY: Final = 256 << 20
+"""Octets that a decompressor may take for itself: `xz -9` wants 65 MiB, but an archive may say that it takes 4 GiB."""
 _CHUNK: Final = 1 << 20
 _DAMAGED: Final = (
     tarfile.TarError,
@@ -183,9 +185,50 @@ def _decompressed(part: Slice, kind: str, what: str) -> Iterator[BinaryIO]:
             yield stream
         return
     with io.BufferedReader(Window(part), _CHUNK) as file:
-        opened = {"gzip": gzip.GzipFile, "xz": lzma.LZMAFile, "bzip2": bz2.BZ2File}[kind]
-        with opened(filename=file) if kind != "gzip" else gzip.GzipFile(fileobj=file) as stream:
+        opened: dict[str, Callable[[], io.IOBase]] = {
+            "gzip": lambda: gzip.GzipFile(fileobj=file),
+            "bzip2": lambda: bz2.BZ2File(file),
+            "xz": lambda: io.BufferedReader(_Xz(file)),
+        }
+        with opened[kind]() as stream:
             yield cast(BinaryIO, stream)
+
+
+class _Xz(io.RawIOBase):
+    """What is in an xz file. (Python's own reader knows no `MAX_MEMORY`.)"""
+
+    def __init__(self, file: io.BufferedReader) -> None:
+        self._file = file
+        self._made = self._begun()
+        self._between = False
+        """Whether a stream has ended, behind which zeros may follow, and another."""
+
+    @staticmethod
+    def _begun() -> lzma.LZMADecompressor:
+        return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=MAX_MEMORY)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        while True:
+            octets = b""
+            if self._made.eof:
+                octets, self._made, self._between = self._made.unused_data, self._begun(), True
+            if not octets and self._made.needs_input:
+                octets = self._file.read(_CHUNK)
+                if not octets and not self._between:
+                    raise EOFError("it is cut short")
+                if not octets:
+                    return 0
+            if self._between:
+                octets = octets.lstrip(b"\0")
+                if not octets:
+                    continue
+                self._between = False
+            if octets := self._made.decompress(octets, len(buffer)):
+                buffer[: len(octets)] = octets
+                return len(octets)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import random
 import stat
 import subprocess
 import tarfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,6 +49,30 @@ def test_a_tar_however_compressed(pack: Callable[[bytes], bytes], tmp_path: Path
     assert all(path.parent.name in ("plain", "cache") for path in (tmp_path / "cache").rglob("*")), (
         "nothing is unpacked"
     )
+
+
+def test_an_xz_of_several_parts(tmp_path: Path) -> None:
+    octets = tar({"a": os.urandom(5000), "b": b"x" * 3_000_000})
+    parts = [lzma.compress(octets[at : at + 700_000]) for at in range(0, len(octets), 700_000)]
+    part, cache = stored(tmp_path, bytes(0).join(parts) + bytes(4))
+    assert b"".join(plain(part, cache, "it").chunks()) == octets
+    part, cache = stored(tmp_path, bytes(8).join(parts))
+    assert b"".join(plain(part, cache, "it").chunks()) == octets
+    for end in (b"more", bytes(4) + b"more"):
+        with pytest.raises(ConfigError, match="damaged xz"):
+            plain(stored(tmp_path, parts[0] + end)[0], cache, "it")
+
+
+def test_an_xz_that_wants_all_the_memory_there_is_gets_none(tmp_path: Path) -> None:
+    octets = bytearray(lzma.compress(bytes(1000), check=lzma.CHECK_NONE))
+    header = octets[12 : 12 + 4 * (octets[12] + 1)]  # of its only block (xz's file format, 3.1)
+    header[header.index(b"\x21\x01") + 2] = 40  # LZMA2, with a dictionary of 4 GiB
+    header[-4:] = zlib.crc32(header[:-4]).to_bytes(4, "little")
+    octets[12 : 12 + len(header)] = header
+    assert lzma.decompress(octets) == bytes(1000)
+    part, cache = stored(tmp_path, bytes(octets))
+    with pytest.raises(ConfigError, match="damaged xz: Memory usage limit exceeded"):
+        plain(part, cache, "it")
 
 
 def test_the_second_time_nothing_is_decompressed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
