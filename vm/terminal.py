@@ -145,7 +145,8 @@ def _raw(terminal: int) -> Iterator[None]:
     except _Ended as ended:
         ended_by = ended.number
     finally:
-        termios.tcsetattr(terminal, termios.TCSADRAIN, before)
+        # What the terminal answers to questions of the machine must not become words of a shell: it is thrown away.
+        termios.tcsetattr(terminal, termios.TCSAFLUSH, before)
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if ended_by:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import select
 import signal
@@ -137,6 +138,20 @@ def test_the_end_of_the_machine_is_the_end_of_it(console: Console) -> None:
     person.sees(b"login: ")
     os.close(console.machine)
     assert b"the machine's console has ended" in person.sees(b"CONSOLE_ENDED")
+    assert person.leaves() == 0
+
+
+def test_a_terminals_answer_to_a_machine_that_has_gone_is_not_typed_into_the_shell(console: Console) -> None:
+    person = Person(console)
+    person.sees(b"login: ")
+    person.process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, person.process.pid, os.WSTOPPED | os.WNOWAIT)
+    os.close(console.machine)
+    person.presses(b"\x1b]lsomething evil\n")
+    person.process.send_signal(signal.SIGCONT)
+    person.sees(b"CONSOLE_ENDED")
+    person.process.wait(LIMIT_S)
+    assert fcntl.ioctl(person.slave, termios.FIONREAD, bytes(4)) == bytes(4)
     assert person.leaves() == 0
 
 
