@@ -197,7 +197,7 @@ def _decompressed(part: Slice, kind: str, what: str) -> Iterator[BinaryIO]:
 class _Xz(io.RawIOBase):
     """What is in an xz file. (Python's own reader knows no `MAX_MEMORY`.)"""
 
-    def __init__(self, file: io.BufferedReader) -> None:
+    def __init__(self, file: io.BufferedIOBase) -> None:
         self._file = file
         self._made = self._begun()
         self._between = False
