@@ -11,6 +11,8 @@ from netstack.errors import NetstackError
 from vm.api import Machine
 from vm.supervisor.journal import Journal
 
+log = logging.getLogger("vm.supervisor")
+
 AGAIN_S: Final = 5.0
 """A guest that still boots does not hear its power button: it is pressed again."""
 
@@ -32,8 +34,16 @@ async def end(
     journal.add("progress", "killing the machine")
     try:
         await machine.kill()
-    except NetstackError as error:
-        journal.add("progress", str(error), level=logging.WARNING)
+    except Exception as error:
+        journal.add("progress", _why(error), level=logging.WARNING)
+
+
+def _why(error: Exception) -> str:
+    """Drivers may be others' code, with faults of its own, for which no machine is to lose its time to power down."""
+    if isinstance(error, NetstackError):
+        return str(error)
+    log.error("the driver failed", exc_info=error)
+    return f"the driver failed: {type(error).__name__}: {error}"
 
 
 async def _asked(machine: Machine, journal: Journal, paused: bool) -> bool:
@@ -41,8 +51,8 @@ async def _asked(machine: Machine, journal: Journal, paused: bool) -> bool:
         if paused:
             await machine.resume()
         await machine.powerdown()
-    except NetstackError as error:
-        journal.add("progress", f"the guest cannot be asked: {error}", level=logging.WARNING)
+    except Exception as error:
+        journal.add("progress", f"the guest cannot be asked: {_why(error)}", level=logging.WARNING)
         return False
     journal.add("progress", "the guest is asked to power down")
     return True
@@ -56,7 +66,7 @@ async def _wait(machine: Machine, journal: Journal, gone: asyncio.Event, hurry: 
         while (left := until - loop.time()) > 0 and not any(one.done() for one in waiting):
             await asyncio.wait(waiting, timeout=min(left, AGAIN_S), return_when=asyncio.FIRST_COMPLETED)
             if not gone.is_set() and not hurry.is_set() and loop.time() < until:
-                with contextlib.suppress(NetstackError):
+                with contextlib.suppress(Exception):
                     await machine.powerdown()
     finally:
         for one in waiting:

@@ -309,7 +309,10 @@ class Supervisor:
         watching = asyncio.create_task(self._follow(machine), name="machine")
 
         async def close() -> None:
-            await machine.close()
+            try:
+                await machine.close()
+            except Exception:  # of a driver of others; what else there is to be taken down still is
+                log.exception("closing the machine failed")
             await asyncio.gather(watching, return_exceptions=True)
             self._machine = None
             self.home.forget("hypervisor")

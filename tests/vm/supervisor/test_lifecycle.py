@@ -145,6 +145,27 @@ async def test_a_guest_that_did_not_hear_is_asked_again(monkeypatch: pytest.Monk
     assert len(pressed) > 2
 
 
+@pytest.mark.parametrize("broken", [["powerdown"], ["powerdown", "kill"], ["close"]], ids=", ".join)
+async def test_a_driver_of_others_may_fail_in_ways_of_its_own(
+    broken: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with house(ALONE) as made:
+        await made.ready()
+        machine = made.supervisor._machine
+        close = machine.close if machine is not None else None
+
+        async def fails() -> None:
+            if "close" in broken and close is not None:
+                await close()
+            raise ValueError("a fault of theirs")
+
+        for order in broken:
+            monkeypatch.setattr(machine, order, fails)
+        made.supervisor.down()
+        assert await made.over() is State.STOPPED
+    assert "a fault of theirs" in caplog.text
+
+
 async def test_who_has_no_patience_may_kill_while_it_is_waited_for() -> None:
     async with house(ALONE, "powerdown=ignore") as made:
         await made.ready()
