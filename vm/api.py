@@ -294,6 +294,7 @@ class EventKind(Enum):
     SHUTDOWN = "shutdown"
     RESET = "reset"
     PANIC = "panic"
+    """Of the guest's kernel; or, as `text` says, the hypervisor cannot go on with it."""
     EXITED = "exited"
 
 

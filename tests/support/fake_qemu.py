@@ -1,8 +1,8 @@
 """Something in QEMU's place that speaks QMP: `fake_qemu.py HOW -qmp unix:PATH,...`, for what a real one does too rarely.
 
 HOW is a word: `well` behaves; `refuses` will not let the machine go; `old` is QEMU 6.2; `no-pty` has no console; `silent` never
-greets; `deaf` has no monitor; `hangs` ignores SIGTERM and answers nothing but the first three commands; anything else is said, and
-it ends with status 1.
+greets; `deaf` has no monitor; `gives-up` stops by an internal error; `hangs` ignores SIGTERM and answers nothing but the first
+three commands; anything else is said, and it ends with status 1.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main(how: str, words: list[str]) -> int:
     if words == ["--version"]:
         print(f"QEMU emulator version {version['major']}.{version['minor']}.0 (Debian)")
         return 0
-    if how not in ("well", "refuses", "old", "no-pty", "silent", "deaf", "hangs"):
+    if how not in ("well", "refuses", "old", "no-pty", "silent", "deaf", "hangs", "gives-up"):
         print(f"qemu-system-x86_64: {how}", file=sys.stderr)
         return 1
     if how == "hangs":
@@ -63,6 +63,9 @@ def talk(how: str, version: dict[str, int], connection: socket.socket, pty: str)
                 # As a full disk does it, and a guest that has its network card changed all the time.
                 error = {"device": "d0", "action": "stop", "reason": "No space left on device"}
                 events = [("NIC_RX_FILTER_CHANGED", {}), ("BLOCK_IO_ERROR", error), ("STOP", {})]
+                events = events[2:] if how == "gives-up" else events
+            case "query-status":
+                answer = {"return": {"running": False, "status": "internal-error" if how == "gives-up" else "paused"}}
             case "system_powerdown":
                 say({"event": "POWERDOWN", "timestamp": {}})
                 say({"event": "RESET", "data": {"guest": True, "reason": "guest-reset"}})

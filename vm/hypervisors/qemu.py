@@ -116,6 +116,8 @@ class QemuMachine(ProcessMachine):
         self._over = False
         self._why = ""
         """What a disk complained of, before QEMU stops for it."""
+        self._looking: asyncio.Task[None] | None = None
+        """At why QEMU has stopped, which its event does not say."""
         super().__init__(NAME, process, console)
 
     async def begin(self) -> None:
@@ -138,7 +140,21 @@ class QemuMachine(ProcessMachine):
 
     async def close(self) -> None:
         await super().close()
+        if self._looking is not None:
+            self._looking.cancel()
+            await asyncio.gather(self._looking, return_exceptions=True)
         await self._qmp.close()
+
+    async def _look(self) -> None:
+        """A machine that the accelerator gave up can only be begun again."""
+        with contextlib.suppress(HostError):
+            match await self._qmp.execute("query-status"):
+                case {"status": "internal-error"}:
+                    self.tell(
+                        Event(
+                            kind=EventKind.PANIC, text=f"QEMU stopped it by an internal error; see {self.process.log}"
+                        )
+                    )
 
     def hear(self, event: QmpEvent) -> None:
         """An event of QEMU's. Those that are not of interest are many: a guest can make some of them at will."""
@@ -152,6 +168,8 @@ class QemuMachine(ProcessMachine):
             case "STOP":
                 self.tell(Event(kind=EventKind.PAUSED, text=self._why))
                 self._why = ""
+                if self._looking is None or self._looking.done():
+                    self._looking = asyncio.create_task(self._look())
             case "BLOCK_IO_ERROR" if event.data.get("action") == "stop":
                 disk = str(event.data.get("device", ""))[:MAX_WORDS]
                 self._why = f"disk {disk}: {reason or 'an error'}"

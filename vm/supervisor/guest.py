@@ -40,7 +40,7 @@ class Guest:
                     case EventKind.RESET:
                         self._reset(by_guest=event.by_guest)
                     case EventKind.PANIC:
-                        panicked(Verdict(Cause.CRASHED, "the guest's kernel panicked"))
+                        panicked(Verdict(Cause.CRASHED, event.text or "the guest's kernel panicked"))
                     case EventKind.PAUSED | EventKind.RESUMED:
                         self._paused(event.kind is EventKind.PAUSED, event.text)
                     case EventKind.EXITED:

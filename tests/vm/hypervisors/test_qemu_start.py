@@ -95,6 +95,17 @@ async def test_what_qemu_tells_is_told(state: StateDir) -> None:
     await machine.close()
 
 
+async def test_one_that_its_accelerator_gave_up_says_so(state: StateDir) -> None:
+    machine = await start("gives-up", state)
+    await machine.pause()
+    async with contextlib.aclosing(machine.events()) as events:
+        found = [await anext(events) for _ in range(3)]
+    assert [event.kind for event in found] == [EventKind.STARTED, EventKind.PAUSED, EventKind.PANIC]
+    assert found[2].text == f"QEMU stopped it by an internal error; see {state.log('qemu')}"
+    await machine.kill()
+    await machine.close()
+
+
 async def test_one_that_was_killed_says_so(state: StateDir) -> None:
     machine = await start("well", state)
     os.kill(machine.pid, signal.SIGKILL)
