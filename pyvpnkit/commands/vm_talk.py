@@ -161,7 +161,7 @@ def events(parsed: argparse.Namespace) -> int:
     with contextlib.suppress(KeyboardInterrupt):
         for entry in _entries(vm_find.needed(home), 0):
             when = time.strftime("%H:%M:%S", time.localtime(entry["time"]))
-            print(json.dumps(entry) if parsed.json else f"{when}  {clean(entry['text'])}", flush=True)
+            print(json.dumps(entry) if parsed.json else f"{when}  {clean(' '.join(entry['text'].split()))}", flush=True)
     return 0
 
 

@@ -94,7 +94,7 @@ def _wait(
     wait: bool,
 ) -> int:
     for entry in entries:
-        text, state = clean(entry["text"]), entry.get("state")
+        text, state = _lines(entry["text"]), entry.get("state")
         if entry["kind"] == "error":
             progress.line(_lines(entry["text"]), bad=True)
             return int(entry["status"])

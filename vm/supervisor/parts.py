@@ -67,6 +67,9 @@ class Part:
                 await until(sidecar.ready.is_socket, process, self._ready_s, f"socket {sidecar.ready}")
             elif reading >= 0:
                 await self._told(process, reading)
+        except HostError as error:
+            await self.stop()
+            raise HostError(f"{self.name}: {error}") from None
         except BaseException:
             await self.stop()
             raise
@@ -83,7 +86,7 @@ class Part:
             async with asyncio.timeout(self._ready_s):
                 await heard.wait()
         except TimeoutError:
-            raise HostError(f"{self.name}: not ready within {self._ready_s:g} s; see {process.log}") from None
+            raise HostError(f"not ready within {self._ready_s:g} s; see {process.log}") from None
         finally:
             loop.remove_reader(reading)
         if not os.read(reading, 1):

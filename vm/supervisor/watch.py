@@ -88,8 +88,8 @@ class Watch:
             try:
                 await part.start()
             except HostError as error:
-                self._degraded[part.name] = str(error)
-                self._journal.add("lost", f"{part.name}: {error}", level=logging.WARNING, part=part.name)
+                self._degraded[part.name] = str(error).removeprefix(f"{part.name}: ")
+                self._journal.add("lost", str(error), level=logging.WARNING, part=part.name)
                 failures += 1
                 continue
             self._degraded.pop(part.name, None)
