@@ -210,7 +210,7 @@ class Translation:
             self._sockets(name, key)
         for name, key in _PLAIN.items():
             if (text := line.last(name)) is not None:
-                self._give(name, key, ",".join(one.strip() for one in text.split(",")))
+                self._plain(name, key, text)
         for name, key in _FILES.items():
             if (text := line.last(name)) is not None:
                 self._give(name, key, _path(text) if text else "off")
@@ -222,6 +222,17 @@ class Translation:
 
     def _complain(self, name: str, text: str) -> None:
         self.complaints.append(f"--{name}: {text}")
+
+    def _plain(self, name: str, key: str, text: str) -> None:
+        from dns import codec
+
+        parts = [one.strip() for one in text.split(",")]
+        for part in parts if name.endswith("-names") else ():
+            try:
+                codec.wire_name(part)
+            except Malformed as error:
+                self._complain(name, f"{part!r} is no name ({error}); write one such as host.internal")
+        self._give(name, key, ",".join(parts))
 
     def _give(self, name: str, key: str, text: str) -> None:
         try:
@@ -305,10 +316,10 @@ class Translation:
         if lowest > highest:
             self._complain("lowest-ip", f"{lowest} comes after --highest-ip {highest}")
             return
-        used = [one for one in (*found, max(gateway, lowest) + 1) if one and int(one)]
+        used = [one for one in (gateway, host, lowest, highest) if int(one)]
         subnet = smallest(used)
         if subnet is None:
-            said = ", ".join(f"--{name} {one}" for name, one in zip(names, found, strict=True) if one and int(one))
+            said = ", ".join(f"--{name} {one}" for name, one in zip(names, found, strict=True) if one in used)
             self.complaints.append(f"{said}: they are too far from one another; give all from one network")
             return
         self.given["network.subnet"] = [str(subnet)]

@@ -18,6 +18,8 @@ from typing import Any
 
 import dnslib
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from netstack.link import vmnet
 from netstack.wire import dhcp
@@ -201,6 +203,7 @@ def test_the_variable_switches_debugging_on() -> None:
         ("--ethernet /e --listen-backlog x", "--listen-backlog: 'x' is not a whole number"),
         ("--ethernet /e --tcpv4-forwards 80", "--tcpv4-forwards: "),
         ("--ethernet /e --vm-names vm", "--vm-names: 'vm' has no domain"),
+        ("--ethernet /e --host-names a.b,a..b", "--host-names: 'a..b' is no name"),
         ("--ethernet /e --domain a..b", "--domain: 'a..b' is no domain"),
         ("--ethernet /e --db file:///x", "--db: VPNKit has had no database since 2021"),
         ("--ethernet /e --branch master", "--branch: VPNKit has had no database since 2021"),
@@ -215,6 +218,26 @@ def test_a_mistake_is_told_by_the_options_name(argv: str, complaint: str) -> Non
 def test_all_mistakes_are_told_at_once() -> None:
     said = complaints("--ethernet", "vsock://:3", "--mtu", "1", "--nonsense", "value", "--db=x", "--domain", "a b..c")
     assert [one.partition(":")[0] for one in said] == ["--nonsense", "--ethernet", "--mtu", "--domain", "--db"]
+
+
+NAMES = st.sampled_from([name for name in vpnkit.OPTIONS if name not in ("dhcp-path", "help", "version")])
+TEXTS = (
+    "- -1 0 9 300 /a a,b off a.b *.a.b a=b.c é.é fd:3 fd:٣ hyperkit://:1/x unix:///x vsock:// 1:1.1.1.1:1 "
+    "0.0.0.0 255.255.255.255 10.0.0.1 10.0.0.2 10.0.0.3 10.0.0.254"
+).split()
+VALUES = st.sampled_from([*TEXTS, "", "\udcff", "9" * 5000, "/" * 300]) | st.text(max_size=8)
+PAIRS = st.dictionaries(NAMES, VALUES, max_size=6).map(lambda pairs: [f"--{name}={one}" for name, one in pairs.items()])
+WORDS = st.lists(NAMES.map("--{}".format) | VALUES, max_size=4)
+
+
+@given(PAIRS, WORDS | st.just([]))
+@example(["--gateway-ip=255.255.255.255"], [])
+@example(["--gateway-ip=255.255.255.253", "--highest-ip=255.255.255.255"], [])
+def test_any_words_are_settings_or_complaints(pairs: list[str], words: list[str]) -> None:
+    try:
+        assert settings(*ETHERNET, *pairs, *words).links
+    except ConfigErrors as error:
+        assert error.complaints
 
 
 @pytest.mark.parametrize(
