@@ -121,8 +121,8 @@ class Process:
         return self._last.decode(errors="replace").strip()
 
     async def close(self) -> None:
-        """Kill it if it runs; afterwards nothing of it is left."""
-        self.kill()
+        """Kill it if it runs; afterwards nothing of it is left, nor of what it has started in its session."""
+        self._kill_group()
         await self.wait()
         self._pump.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -130,6 +130,13 @@ class Process:
         if self.stdin is not None:
             self.stdin.close()
         self._pipe.close()
+
+    def _kill_group(self) -> None:
+        """A group keeps the number of a leader that is gone from being given to another process. One that is empty does not:
+        so not where a process has that number again."""
+        if self.returncode is None or (sys.platform == "linux" and not Path(f"/proc/{self.pid}").exists()):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
 
     async def _keep(self, said: asyncio.StreamReader) -> None:
         log = _open_log(self.log)

@@ -7,6 +7,9 @@ supervisor has to hear, and a machine that is taken down meanwhile does not wait
 from __future__ import annotations
 
 import argparse
+import asyncio
+import contextlib
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -24,6 +27,7 @@ from vm.supervisor.home import Home
 from vm.yaml_lines import Complaints, Table, parse, read
 
 NAME = "build"
+ENDS_S = 2.0
 
 
 async def build(settings: VmSettings, home: Home, out: Path, say: Callable[[str], None]) -> None:
@@ -39,6 +43,9 @@ async def build(settings: VmSettings, home: Home, out: Path, say: Callable[[str]
         if await process.wait():
             raise HostError(process.said().removeprefix("pyvpnkit: ") or "the build failed")
     finally:
+        process.terminate()  # what it has begun in the cache it takes away
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), ENDS_S)
         await process.close()
         home.forget(NAME)
 
@@ -88,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("file", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     parsed = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         make(parsed.file, parsed.output, say=lambda text: print(text, flush=True))
     except NetstackError as error:

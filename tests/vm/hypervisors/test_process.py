@@ -93,8 +93,17 @@ async def test_the_log_has_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 async def test_a_grandchild_that_keeps_talking_does_not_hold_us_up(tmp_path: Path) -> None:
     made = await spawn(["sh", "-c", "sleep 100 & echo $!"], log=tmp_path / "log")
     assert await made.wait() == 0
-    os.kill(int(made.said()), signal.SIGKILL)
     await made.close()
+    await until_gone(int(made.said()))
+
+
+async def test_what_it_has_started_ends_with_it(tmp_path: Path) -> None:
+    made = await spawn(["sh", "-c", "sleep 1000 & echo $!; wait"], log=tmp_path / "log")
+    async with asyncio.timeout(20):
+        while not made.said():  # noqa: ASYNC110  # it is said in another process
+            await asyncio.sleep(0.01)
+    await made.close()
+    await until_gone(int(made.said()))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="expected: the kernel's rule is Linux's")

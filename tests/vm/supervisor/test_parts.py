@@ -14,13 +14,17 @@ import pytest
 
 from netstack.errors import HostError
 from tests.support.vm_house import FAST, Beside, House, house, short_directory
+from vm import settings_file
 from vm.api import Lost, Sidecar
+from vm.hypervisors.process import started
+from vm.supervisor.building import build
 from vm.supervisor.home import Home
 from vm.supervisor.lifecycle import State
 from vm.supervisor.parts import Part
 from vm.supervisor.status import status
 
 ALONE = "network: none\n" + FAST
+LIMIT_S = 60.0
 SLEEPS = (sys.executable, "-c", "import time; time.sleep(1000)")
 
 
@@ -313,3 +317,29 @@ def accepts(host: str, port: int) -> bool:
     except OSError:
         return False
     return True
+
+
+async def test_a_build_that_is_given_up_leaves_nothing(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not apt, which it waits for, nor what was to become of that."""
+    programs, cache, pid = home.path / "bin", home.path / "cache", home.path / "apt.pid"
+    programs.mkdir()
+    for name, does in (
+        ("apt-cache", "echo Package: box; echo Version: 1; echo SHA256: 0"),
+        ("apt-get", f"echo $$ >{pid}.new; mv {pid}.new {pid}; exec sleep 1000"),
+    ):
+        (programs / name).write_text(f"#!/bin/sh\n{does}\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    (home.path / "linuxkit.yml").write_text("kernel: {image: 'deb:box'}\n")
+    (home.path / "box.yml").write_text("hypervisor: {driver: fake}\nboot: {linuxkit: linuxkit.yml}\n")
+    wanted = settings_file.load(home.path / "box.yml")
+    building = asyncio.create_task(build(wanted, home, home.path / "boot", lambda text: None))
+    async with asyncio.timeout(LIMIT_S):
+        while not pid.exists():  # noqa: ASYNC110  # it happens in another process
+            await asyncio.sleep(0.01)
+    building.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await building
+    assert started(int(pid.read_text())) is None
+    assert [path.name for path in (cache / "pyvpnkit" / "build").iterdir()] == ["resolved"]
