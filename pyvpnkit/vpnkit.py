@@ -7,38 +7,30 @@ A symlink `vpnkit` to the console script is this too. The options become the set
 defaults where a guest could tell: the lease, the domain, names by the host's library, nothing kept on disk and no control socket,
 so any number run side by side. All complaints come at once, by VPNKit's names, with exit status 2 (cmdliner: 124, or 0 where
 `--ethernet` is missing). AF_VSOCK and Hyper-V sockets are not opened.
-
-`--dhcp-path` is followed by a thread that looks once a second and sends this process SIGHUP, which reads it again.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
-import json
 import logging
 import os
 import re
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from ipaddress import IPv4Address, IPv4Network
-from typing import Any, Final
+from typing import Final
 
 from netstack.errors import ConfigError, Malformed, NetstackError
-from pyvpnkit import loader
+from pyvpnkit import cmdliner, dhcp_file, loader
+from pyvpnkit.cmdliner import Line
 from pyvpnkit.config import BY_KEY, Settings
 
 log = logging.getLogger("pyvpnkit")
 
-FOLLOW_S: Final = 1.0
-MAX_DHCP_FILE: Final = 1 << 20
 LONGEST_S: Final = "999999999"
 """In place of never."""
 
-OPTIONS: Final[Mapping[str, tuple[str, str]]] = {
+OPTIONS: Final[cmdliner.Options] = {
     "ethernet": ("ADDRESS", "where virtual machines connect: PATH, fd:N (a listening socket) or hyperkit://:PORT/DIR"),
     "port": ("ADDRESS", "serve the port control (9P, and HTTP) there, the same forms; repeatable"),
     "port-forwards": ("PATH", "HyperKit's `connect` socket, by which published ports reach the forwarder in the VM"),
@@ -77,7 +69,6 @@ OPTIONS: Final[Mapping[str, tuple[str, str]]] = {
     "db": ("URI", "removed from VPNKit in 2021: an error"),
     "branch": ("NAME", "removed from VPNKit in 2021: an error"),
 }
-"""Name -> (what its value is, "" for none; what it does)."""
 
 REPEATABLE: Final = frozenset({"port", "introspection", "diagnostics", "pcap"})
 DEFAULTS: Final = {
@@ -128,72 +119,9 @@ _HYPERKIT: Final = re.compile(r"hyperkit://[^:/]*:(\d{1,10})(/.*)", re.ASCII)
 _URI: Final = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 
 
-@dataclass(slots=True, kw_only=True)
-class Line:
-    """A command line taken apart, cmdliner's way."""
-
-    values: dict[str, list[str]] = field(default_factory=dict)
-    """Option -> values; that of one without a value is empty text."""
-    complaints: list[str] = field(default_factory=list)
-
-    def last(self, name: str) -> str | None:
-        """The value of an option that is given once."""
-        return self.values[name][-1] if name in self.values else None
-
-
 def parse(argv: Sequence[str]) -> Line:
-    """`--opt VAL`, `--opt=VAL`, and beginnings of names that fit one option only. Never raises."""
-    line = Line()
-    words = iter(argv)
-    waiting: str | None = None
-    for word in words:
-        if waiting is not None:
-            known, waiting = waiting, None
-            if not word.startswith("-") or word == "-" or re.fullmatch(r"-\d+", word):
-                if known:
-                    line.values.setdefault(known, []).append(word)
-                continue
-            line.complaints += [_wants(known)] * bool(known)
-        if word == "--":
-            line.complaints += [f"{rest!r}: only options are wanted" for rest in words]
-            break
-        waiting = _option(word, line)
-    if waiting:
-        line.complaints.append(_wants(waiting))
-    for name, values in line.values.items():
-        if len(values) > 1 and name not in REPEATABLE:
-            line.complaints.append(f"--{name}: is given {len(values)} times; give it once")
-    return line
-
-
-def _wants(name: str) -> str:
-    return f"--{name}: needs a value; write --{name} {OPTIONS[name][0]}"
-
-
-def _option(word: str, line: Line) -> str | None:
-    """Take one word that begins an option; returns whose value the next word is: an option's, "" for one that is not known."""
-    text, equals, value = word.partition("=")
-    if not text.startswith("--"):
-        line.complaints.append(f"{word!r}: only options are wanted, which begin with --; vpnkit --help lists them")
-        return None
-    fitting = [text[2:]] if text[2:] in OPTIONS else [name for name in OPTIONS if name.startswith(text[2:])]
-    if len(fitting) != 1:
-        from pyvpnkit.values import meant
-
-        guess = meant(text, [f"--{name}" for name in OPTIONS])
-        why = f"is short for any of {', '.join(f'--{name}' for name in fitting)}" if fitting else f"is unknown{guess}"
-        line.complaints.append(f"{text}: {why}; vpnkit --help lists the options")
-        return None if equals else ""
-    (name,) = fitting
-    if not OPTIONS[name][0]:
-        if equals and name != "help":
-            line.complaints.append(f"--{name}: takes no value")
-        line.values.setdefault(name, []).append("")
-        return None
-    if not equals:
-        return name
-    line.values.setdefault(name, []).append(value)
-    return None
+    """VPNKit's command line taken apart. Never raises."""
+    return cmdliner.parse(argv, OPTIONS, REPEATABLE)
 
 
 class Translation:
@@ -335,17 +263,17 @@ class Translation:
     def _names(self) -> None:
         """`--domain` goes before the file's, which goes before `localdomain`."""
         path = self._line.last("dhcp-path")
-        found = Dhcp()
+        found = dhcp_file.Domains()
         if path is not None:
             try:
-                found = read_dhcp(path)
+                found = dhcp_file.read(path)
             except ConfigError as error:
                 self._complain("dhcp-path", str(error))
         for domain in found.search:
             self.given.setdefault("network.search", []).append(domain)
         asked = self._line.last("domain")
         try:
-            check_names([asked] if asked else [])
+            dhcp_file.check_names([asked] if asked else [])
         except ConfigError as error:
             self._complain("domain", str(error))
         said = [one for one in (asked, found.domain, DEFAULTS["domain"]) if one is not None]
@@ -393,94 +321,12 @@ def smallest(addresses: Sequence[IPv4Address]) -> IPv4Network | None:
     return None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Dhcp:
-    """What a `--dhcp-path` file says (spec vpnkit 3.3)."""
-
-    search: tuple[str, ...] = ()
-    domain: str | None = None
-
-
-_DHCP_FORM: Final = 'write {"searchDomains": ["corp.example"], "domainName": "example"}'
-
-
-def read_dhcp(path: str) -> Dhcp:
-    """The file at `path`; keys that are not known are passed over. Raises `ConfigError`."""
-    try:
-        with open(path, "rb") as file:
-            octets = file.read(MAX_DHCP_FILE + 1)
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; give a file that can be read") from None
-    try:
-        found = json.loads(octets) if len(octets) <= MAX_DHCP_FILE else None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path}: {_DHCP_FORM}")
-    search, domain = found.get("searchDomains") or [], found.get("domainName")
-    names: list[Any] = [*search, *([domain] if domain else [])] if isinstance(search, list) else [None]
-    if not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"{path}: {_DHCP_FORM}")
-    try:
-        check_names(names)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    return Dhcp(search=tuple(search), domain=domain)
-
-
-def check_names(names: Sequence[str]) -> None:
-    """Raises `ConfigError` when one is no domain name."""
-    from netstack.wire import dhcp
-
-    for name in names:
-        try:
-            dhcp.encode_names((name,))
-            if "," in name:
-                raise ValueError("a comma")
-        except (Malformed, ValueError) as error:
-            raise ConfigError(f"{name!r} is no domain ({error}); write one such as corp.example") from None
-
-
 def settings(line: Line, environment: Mapping[str, str]) -> tuple[Settings, list[str]]:
     """The settings that a command line means, and what is to be said of it. Raises `ConfigErrors`."""
     said = Translation(line, environment)
     if said.complaints:
         raise loader.ConfigErrors([f"vpnkit: {complaint}" for complaint in said.complaints])
     return loader.load(None, said.given), said.notes
-
-
-@contextlib.contextmanager
-def following(path: str | None) -> Iterator[None]:
-    """Have this process reload, as by SIGHUP, when the file at `path` changes."""
-    if path is None:
-        yield
-        return
-    over = threading.Event()
-    # Taken now, before the file is read: a change in between counts.
-    thread = threading.Thread(target=_follow, args=(path, _version(path), over), name="dhcp.json", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-
-
-def _follow(path: str, seen: Any, over: threading.Event) -> None:
-    while not over.wait(FOLLOW_S):
-        now = _version(path)
-        # While nobody handles the signal (it is early, or late) it would end the process: the next look may find better.
-        if now != seen and signal.getsignal(signal.SIGHUP) not in (signal.SIG_DFL, None):
-            seen = now
-            os.kill(os.getpid(), signal.SIGHUP)
-
-
-def _version(path: str) -> tuple[int, int, int] | None:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def usage() -> str:
@@ -500,7 +346,7 @@ def main(argv: Sequence[str]) -> int:
         print(usage() if "help" in line.values else metadata.version("pyvpnkit"))
         return 0
     try:
-        with following(line.last("dhcp-path")):
+        with dhcp_file.following(line.last("dhcp-path")):
             loaded, notes = settings(line, os.environ)
             from pyvpnkit import daemon
 
