@@ -6,33 +6,21 @@ import contextlib
 import select
 import signal
 import subprocess
-import sys
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from netstack.wire import dhcp
 from tests.support import packets
-from tests.support.netns import GATEWAY, HOST, LIMIT_S, ROOT, Namespace, World, require, wait_until
+from tests.support.netns import GATEWAY, HOST, LIMIT_S, Namespace, World, require, wait_until
 from tests.support.relay import vmnet
+from tests.support.vpnkit_program import program
 from tests.support.webhost import MB, digest, web
 
 pytestmark = pytest.mark.netns
 
 NO_DRIVER = "not supported in this Debian package"
-
-
-def program(directory: Path) -> str:
-    """`vpnkit`, as people have it: a name of ours."""
-    script, link = directory / "script", directory / "vpnkit"
-    lines = f"#!{sys.executable}", "import sys", f"sys.path.insert(0, {str(ROOT)!r})", "from pyvpnkit.entry import run"
-    script.write_text("\n".join((*lines, "run()\n")))
-    script.chmod(0o755)
-    if not link.exists():
-        link.symlink_to(script)
-    return str(link)
 
 
 class TestGenuine:

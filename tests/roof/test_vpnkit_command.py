@@ -29,8 +29,8 @@ from pyvpnkit.config import BY_KEY
 from pyvpnkit.loader import ConfigErrors
 from tests.roof.guest import GATEWAY, HOST, LIMIT_S, StreamGuest, wait_until
 from tests.support import packets
+from tests.support.vpnkit_program import program
 
-ROOT = Path(__file__).parents[2]
 ETHERNET = ("--ethernet", "/tmp/eth.sock")
 
 
@@ -362,22 +362,6 @@ class Vpnkit:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             assert self.process.wait(3 * LIMIT_S) == 0, self.said()
-
-
-def program(directory: Path) -> str:
-    link = directory / "vpnkit"
-    if not link.exists():
-        script = directory / "script"
-        lines = (
-            f"#!{sys.executable}",
-            "import sys",
-            f"sys.path.insert(0, {str(ROOT)!r})",
-            "from pyvpnkit.entry import run",
-        )
-        script.write_text("\n".join((*lines, "run()\n")))
-        script.chmod(0o755)
-        link.symlink_to(script)
-    return str(link)
 
 
 @contextlib.contextmanager
