@@ -23,6 +23,7 @@ from netstack.errors import ConfigError, HostError, NetstackError
 from vm import settings_file
 from vm.hypervisors import registry
 from vm.settings import VmSettings
+from vm.sidecar import more_descriptors
 from vm.supervisor.building import build, disagreements
 from vm.supervisor.control import serving
 from vm.supervisor.home import Home
@@ -150,6 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if parsed.report_fd is not None:
         os.set_inheritable(parsed.report_fd, False)
     home = Home(parsed.state_dir)
+    more_descriptors()  # two for each client of docker.sock
     try:
         home.prepare()
         held = home.lock()

@@ -35,6 +35,8 @@ from vm.hypervisors.process import Record
 
 REAP_S: Final = 2.0
 """How long a process of a killed supervisor may take to end before it is killed."""
+KILL_S: Final = 10.0
+"""And how long after that."""
 _ULA: Final = uuid.UUID("6f2b8a5e-0d0c-5c55-9d44-4f6d2b6f0a11")
 """Our own namespace for `uuid5`."""
 
@@ -184,7 +186,10 @@ class Home:
         (self.path / "run" / f"{name}.pid").unlink(missing_ok=True)
 
     def reclaim(self) -> list[str]:
-        """End and remove what a killed supervisor left; the names of the processes that still ran. Call it with the lock held."""
+        """End and remove what a killed supervisor left; the names of the processes that still ran. Call it with the lock held.
+
+        Raises `HostError` where one does not end, as those that wait for a dead disk do not.
+        """
         paths = sorted((self.path / "run").glob("*.pid"))
         records = {path: Record.read(path) for path in paths}
         left = {path: record for path, record in records.items() if record is not None and record.runs()}
@@ -192,6 +197,9 @@ class Home:
             record.signal(signal.SIGTERM)
         until = time.monotonic() + REAP_S
         while any(record.runs() for record in left.values()):
+            if time.monotonic() > until + KILL_S:
+                pids = ", ".join(str(record.pid) for record in left.values() if record.runs())
+                raise HostError(f"what a killed supervisor left does not end (process {pids}); see why, and end it")
             if time.monotonic() > until:
                 for record in left.values():
                     record.signal(signal.SIGKILL)

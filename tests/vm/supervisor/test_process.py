@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from netstack.errors import ConfigError
+from netstack.errors import ConfigError, HostError
 from tests.support.vm_house import FAST, nothing_left, short_directory, write
 from vm.api import StateDir
 from vm.hypervisors.process import Record, started
@@ -235,6 +236,30 @@ def test_who_does_not_end_is_killed(directory: Path, monkeypatch: pytest.MonkeyP
         home.record("stubborn", child.pid)
         assert home.reclaim() == ["stubborn"]
         assert child.wait(LIMIT_S) == -signal.SIGKILL
+
+
+def test_who_cannot_be_killed_is_named(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("REAP_S", "KILL_S"):
+        monkeypatch.setattr(f"vm.supervisor.home.{name}", 0.1)
+    monkeypatch.setattr(Record, "signal", lambda self, number: True)
+    home = Home(directory)
+    home.prepare()
+    home.record("immortal", os.getpid())
+    with pytest.raises(HostError, match=f"does not end \\(process {os.getpid()}\\)"):
+        home.reclaim()
+
+
+def test_a_supervisor_has_descriptors_for_its_clients(supervisor: Callable[..., Process]) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        one = supervisor()
+        one.report()
+        assert resource.prlimit(one.child.pid, resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    one.child.terminate()
+    assert one.wait() == (0, "")
 
 
 def test_files_of_a_person_are_left_where_they_are(directory: Path) -> None:
