@@ -140,11 +140,11 @@ async def dial_tcp(host: str, port: int, *, limit_s: float = DIAL_S) -> socket.s
     return sock
 
 
-def link_docker_sock(source: Path, at: Path = EVERYBODYS) -> bool:
+def link_docker_sock(source: Path, at: Path = EVERYBODYS, *, hint: str = "") -> bool:
     """Make `at` a symbolic link to `source`, which all programs find without being told; `False` when it was that already.
 
     What nobody answers at is replaced: a dead socket, a link to one. Raises `ConfigError` when a live socket or any other file is
-    there, and `HostError` when the directory is not this user's to write to.
+    there, and `HostError` when the directory is not this user's to write to; `hint` is what root would type.
     """
     try:
         if at.is_symlink() and Path(os.readlink(at)) == source:
@@ -160,9 +160,8 @@ def link_docker_sock(source: Path, at: Path = EVERYBODYS) -> bool:
         beside.symlink_to(source)
         beside.replace(at)
     except OSError as error:
-        raise HostError(
-            f"{at}: {error.strerror}; it takes root to change it: sudo pyvpnkit vm link-docker-sock"
-        ) from None
+        root = f"; it takes root to change it{hint and f': {hint}'}" if isinstance(error, PermissionError) else ""
+        raise HostError(f"{at}: {error.strerror}{root}") from None
     return True
 
 

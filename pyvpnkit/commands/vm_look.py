@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -131,6 +132,8 @@ def link_docker_sock(parsed: argparse.Namespace) -> int:
     if wanted is None or wanted.docker is None:
         raise ConfigError(f"{home.path.name} has no docker_socket in its file; add `docker_socket: docker.sock`")
     target = services.docker_path(wanted, home.state)
-    docker_socket.link_docker_sock(target, parsed.path)
+    # Root's own machines are others.
+    words = ["vm", "link-docker-sock", home.path.name, "--state-dir", str(home.path), "--path", str(parsed.path)]
+    docker_socket.link_docker_sock(target, parsed.path, hint=f"sudo {shlex.join(['pyvpnkit', *words])}")
     print(f"{parsed.path} -> {target}")
     return 0

@@ -165,6 +165,26 @@ def test_a_name_that_no_file_could_have_is_said(shell: Shell, words: list[str]) 
     assert done.err.startswith(("pyvpnkit: there is no machine", "pyvpnkit: state directory: ")), done.err
 
 
+def test_root_links_the_docker_sock_of_a_users_machine(shell: Shell) -> None:
+    shell.write(ALONE + "docker_socket: docker.sock\n", "box", "serve=2376:docker")
+    shell("up", "box.yml")
+    at = shell.directory / "run.sock"
+    words = ("link-docker-sock", "box", "--state-dir", str(shell.home().path), "--path", str(at))
+    mine, shell.environment = shell.environment, {**shell.environment, "XDG_STATE_HOME": str(shell.directory / "roots")}
+    done = shell(*words)
+    shell.environment = mine
+    assert (done.status, done.err) == (0, "")
+    assert at.readlink() == shell.directory / "s" / "pyvpnkit" / "vm" / "box" / "docker.sock"
+
+
+def test_a_reader_may_have_had_enough(shell: Shell) -> None:
+    shell.write("")
+    with shell.start("plan", "box.yml") as plan:
+        assert plan.stdout is not None
+        plan.stdout.close()  # long before it begins
+        assert plan.wait(LIMIT_S) == 128 + signal.SIGPIPE
+
+
 def test_what_a_hypervisor_cannot_do_is_said_with_those_that_could(shell: Shell) -> None:
     shell.write("network: vmnet\n")
     plan = shell("plan", "box.yml", "--hypervisor", "firecracker")

@@ -339,9 +339,12 @@ def test_who_may_not_is_told_what_it_takes(state: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("expected: only root can become another user to see it")
     at = state / "run.sock"
-    code = "import sys; from pathlib import Path; from vm.docker_socket import *; link_docker_sock(Path('/x'), Path(sys.argv[1]))"
+    code = "import sys; from pathlib import Path; from vm.docker_socket import *; "
+    code += "link_docker_sock(Path('/x'), Path(sys.argv[1]), hint='sudo this')"
     os.chmod(state, 0o755)
     tried = subprocess.run(
         [sys.executable, "-c", code, at], user=65534, group=65534, capture_output=True, text=True, check=False
     )
-    assert "Permission denied; it takes root" in tried.stderr
+    assert "Permission denied; it takes root to change it: sudo this" in tried.stderr
+    with pytest.raises(HostError, match=r"No such file or directory$"):
+        link_docker_sock(state / "docker.sock", state / "nowhere" / "run.sock")
