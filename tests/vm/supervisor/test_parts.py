@@ -172,7 +172,7 @@ async def test_a_part_is_ready_when_its_socket_is_there_and_not_that_of_a_run_be
 
 async def test_a_part_that_ends_before_it_is_ready_says_what_it_said(home: Home) -> None:
     part = Part(python("p", "import sys; sys.exit('no such luck')", "{ready_fd}"), home)
-    with pytest.raises(HostError, match=r"(?s)with status 1.*no such luck"):
+    with pytest.raises(HostError, match=r"(?s)^p: .* with status 1.*no such luck"):
         await part.start()
     assert list((home.path / "run").iterdir()) == []
 
