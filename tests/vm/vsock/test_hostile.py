@@ -209,7 +209,7 @@ def test_kicks_without_end_are_a_turn_each_at_most(world: World) -> None:
 
 
 def test_memory_that_is_cut_off_is_noticed_before_it_is_used(world: World) -> None:
-    """The mark that `vanish` makes; that SIGBUS is survived is shown with network cards."""
+    """The mark that `vanish` makes; that SIGBUS is survived is shown in test_cut_off.py."""
     from netstack.link.vhost_user import vanish
 
     _, far = world.from_guest()
