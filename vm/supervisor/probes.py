@@ -24,7 +24,10 @@ HOLDS_S: Final = 0.2
 """A port of vsock that nobody serves takes a connection with some hypervisors, and ends it at once (spec companions 1.2)."""
 JITTER_S: Final = 0.1
 """Answers are rounded, and no machine boots so soon."""
-MAX_CONSOLE: Final = 1 << 20
+MAX_CONSOLE: Final = 64 << 10
+"""Octets that are looked at at a time."""
+MAX_LINE: Final = 512
+"""Of a line so many, its last: a harmless pattern takes time by the square of a line, and that of a guest may have no end."""
 
 Probe = Callable[[], Awaitable[bool]]
 
@@ -77,7 +80,7 @@ def vsock(streams: Vsock, port: int) -> Probe:
 
 
 class ConsoleLog:
-    """Looks at what a console's log says from now on, a megabyte at most."""
+    """Looks at what a console's log says from now on."""
 
     def __init__(self, path: Path, pattern: str) -> None:
         self._path = path
@@ -104,10 +107,10 @@ class ConsoleLog:
         except OSError:
             return False
         self._offset += len(octets)
-        self._kept = (self._kept + octets)[-MAX_CONSOLE:]
-        lines = self._kept.splitlines()
+        said = self._kept + octets
+        lines = [line[-MAX_LINE:] for line in said.splitlines()]
         found = any(self._pattern.search(line) for line in lines)
-        self._kept = lines[-1] if lines and not self._kept.endswith(b"\n") else b""
+        self._kept = lines[-1] if lines and not said.endswith(b"\n") else b""
         return found
 
 
