@@ -89,8 +89,9 @@ def replaced(path: Path, chunks: Iterable[bytes]) -> None:
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.unlink(missing_ok=True)
     try:
-        with open(scratch, "wb") as file:
+        with open(scratch, "xb") as file:  # not through a link that somebody else has put there
             yield file
         scratch.rename(path)
     finally:

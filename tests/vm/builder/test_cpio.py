@@ -142,3 +142,11 @@ def test_numbers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         octets(tree)
     with pytest.raises(ConfigError, match="none, gzip or xz"):
         cpio.write(sample(), tmp_path / "initrd", compression="brotli")  # type: ignore[arg-type]
+
+
+def test_a_link_in_the_way_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / f".kernel.{os.getpid()}").symlink_to(tmp_path / "victim")
+    cpio.replaced(tmp_path / "kernel", [b"a kernel"])
+    assert (tmp_path / "victim").read_text() == "mine" and not (tmp_path / "kernel").is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["kernel", "victim"]
