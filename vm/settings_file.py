@@ -140,6 +140,7 @@ class _Judge:
             self._complaints.add(
                 self._at("docker_socket"), "docker_socket: port is vsock's; give port or tcp, not both"
             )
+        self._ports(found.vsock_ports)
         if found.ready.probe == "docker" and found.docker is None:
             self._complaints.add(
                 self._at("ready"), "ready: docker asks through docker_socket; add it, or another probe"
@@ -150,6 +151,16 @@ class _Judge:
         if found.restart.backoff_s > found.restart.backoff_most_s:
             self._complaints.add(self._at("restart"), "restart: backoff is longer than backoff_most")
         self._lists(found, check_publish)
+
+    def _ports(self, ports: Mapping[str, int]) -> None:
+        """Of the guest; `control` is the host's."""
+        names: dict[int, str] = {}
+        for name, port in ports.items():
+            if name != "control" and (other := names.setdefault(port, name)) != name:
+                self._complaints.add(
+                    self._at("vsock", "ports", name),
+                    f"vsock.ports.{name}: {port} is that of {other} too; one port is one service's",
+                )
 
     def _lists(self, found: VmSettings, check_publish: Callable[[str], object] | None) -> None:
         for what, entries, most in (
