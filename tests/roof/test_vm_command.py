@@ -130,7 +130,12 @@ def test_up_by_its_name_a_second_time(shell: Shell) -> None:
     assert shell("up", "box.yml").status == 0
     again = shell("up", "box")
     assert again.status == 1
-    assert "it is up already" in again.err
+    assert "it is up already (" in again.err
+    (shell.directory / "of another.yml").write_text("name: box\n" + (shell.directory / "box.yml").read_text())
+    other = shell("up", "of another.yml")
+    assert other.status == 1
+    assert f"it is up already, as {shell.directory}/box.yml says (" in other.err
+    assert "give this one another `name`" in other.err
     shell("down", "box")
     assert shell("up", "box").status == 0
 

@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         home.prepare()
         held = home.lock()
         if held is None:
-            raise HostError(f"it is up already (supervisor {home.holder()}); `pyvpnkit vm down` stops it")
+            raise HostError(_taken(home, parsed.file))
         # It is held to the very end of the process: who finds it free finds nothing of us.
         _log_to(home, foreground=parsed.foreground)
         wanted = settings_file.load(parsed.file)
@@ -170,6 +170,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         report.close()
     return 0 if state is State.STOPPED else 1
+
+
+def _taken(home: Home, file: Path) -> str:
+    """Two files may give one name to what they describe."""
+    other = home.read("machine").get("file")
+    another = other is not None and other != str(file.absolute())
+    text = f"it is up already{f', as {other} says' if another else ''} (supervisor {home.holder()}); `pyvpnkit vm down` stops it"
+    return text + (", or give this one another `name`" if another else "")
 
 
 def _log_to(home: Home, *, foreground: bool) -> None:
