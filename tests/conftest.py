@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 
@@ -10,6 +11,12 @@ import netstack  # noqa: F401  # first: it makes our `dns` importable beside dns
 
 EXPECTED = "expected:"
 """A skip whose reason begins so is right on this kind of machine (another operating system, say)."""
+
+
+# Who is started in the background of a shell has SIGINT and SIGQUIT ignored, and so would have every program of the tests.
+for _number in (signal.SIGINT, signal.SIGQUIT):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
 
 
 def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:

@@ -247,7 +247,8 @@ def test_console_logs_events_and_list(shell: Shell) -> None:
     assert [one["name"] for one in json.loads(shell("list", "--json").out)] == ["box"]
     with shell.start("events", "box") as events:
         assert events.stdout is not None
-        assert events.stdout.readline().split("  ")[1] == "sidecars\n"
+        first = events.stdout.readline()
+        assert first.endswith("  sidecars\n"), first
         shell("down", "box")
         said = events.communicate(timeout=LIMIT_S)[0]
     assert "stopped: asked to go down" in said

@@ -13,15 +13,17 @@ import select
 from collections.abc import Callable
 from typing import Final, TypeAlias
 
-IN: Final = select.EPOLLIN
-OUT: Final = select.EPOLLOUT
-HANGUP: Final = select.EPOLLHUP | select.EPOLLERR
+# EPOLL* as numbers: the module can be imported where there is no epoll.
+IN: Final = 0x1
+OUT: Final = 0x4
+HANGUP: Final = 0x10 | 0x8  # EPOLLHUP, EPOLLERR
 """Both directions are closed, by whomever."""
-END: Final = select.EPOLLRDHUP | HANGUP
+_RDHUP: Final = 0x2000
+END: Final = _RDHUP | HANGUP
 """The other end sends no more than what waits already."""
 READABLE: Final = IN | END
 """Octets, or their end."""
-_ALL: Final = IN | OUT | select.EPOLLRDHUP | select.EPOLLET
+_ALL: Final = IN | OUT | _RDHUP | 1 << 31  # EPOLLET
 _BATCH: Final = 256
 
 Ready: TypeAlias = Callable[[int], None]
