@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any, Final
@@ -216,7 +218,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as leaving:  # argparse has printed help or the mistake already
         return leaving.code if isinstance(leaving.code, int) else 2
     try:
-        return _dispatch(parsed)
+        status = _dispatch(parsed)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # `| head`, `| grep -q`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is for nobody
+        return 128 + signal.SIGPIPE
     except ConfigError as error:
         print(f"pyvpnkit: {error}" if "\n" not in str(error) else str(error), file=sys.stderr)
         return 2

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
-import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -131,10 +128,4 @@ def register(parser: argparse.ArgumentParser) -> None:
 def vm(parsed: argparse.Namespace) -> int:
     """Run the command in `parsed.vm_action`; returns the exit status. Raises `ConfigError` and `HostError`."""
     module, _, function = RUN_BY[parsed.vm_action].partition(":")
-    try:
-        status = int(getattr(importlib.import_module(f"pyvpnkit.commands.{module}"), function)(parsed))
-        sys.stdout.flush()
-    except BrokenPipeError:  # `| head`, `| grep -q`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is for nobody
-        return 128 + signal.SIGPIPE
-    return status
+    return int(getattr(importlib.import_module(f"pyvpnkit.commands.{module}"), function)(parsed))

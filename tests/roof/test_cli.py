@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,3 +91,14 @@ def test_no_flag_of_another_command_is_suggested(command: str, capsys: pytest.Ca
     said = capsys.readouterr().err
     assert "unrecognized arguments: --usr" in said and "--user" not in said
     assert f"usage: pyvpnkit {command}" in said
+
+
+def test_a_reader_who_has_had_enough_is_no_mistake() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        words = [sys.executable, "-m", "pyvpnkit", "version"]
+        done = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")

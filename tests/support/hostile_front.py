@@ -67,7 +67,7 @@ class Rogue:
         self.null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
         self.directory = os.open("/", os.O_RDONLY | os.O_CLOEXEC)
         self.empty = os.memfd_create("empty", os.MFD_CLOEXEC)
-        self.short = os.memfd_create("short", os.MFD_CLOEXEC)
+        self.short = os.memfd_create("[eventfd]", os.MFD_CLOEXEC)  # a file may have any name
         os.ftruncate(self.short, 4096)
         self.read_only = os.open(f"/proc/self/fd/{self.short}", os.O_RDONLY | os.O_CLOEXEC)
         self.no_files = [self.event, self.pair[0].fileno(), *self.pipe, self.null, self.directory, self.empty]

@@ -36,6 +36,8 @@ EVENT_IDX: Final = 29
 PROTOCOL_FEATURES: Final = 30
 """Of vhost-user, never the guest's."""
 VERSION_1: Final = 32
+EVENTFD: Final = "anon_inode:[eventfd]"
+"""What /proc calls one; a file may have a name like it, but not the same, for a path begins with a slash."""
 MEM_SLOTS: Final = 64
 _INFLIGHT_ENTRY: Final = 16
 _INFLIGHT_HEAD: Final = 16
@@ -466,8 +468,8 @@ class Device:
         try:
             kind = os.readlink(f"/proc/self/fd/{descriptor}")
         except OSError:
-            kind = "[eventfd]"  # no /proc: believe it
-        if "[eventfd]" not in kind:
+            kind = EVENTFD  # no /proc: believe it
+        if kind != EVENTFD:
             close_all([descriptor])
             raise Refused(f"ring {ring.index}: its descriptor is {kind}, not an eventfd")
         os.set_blocking(descriptor, False)
