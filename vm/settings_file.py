@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from netstack.errors import ConfigError
+from vm.filesystems.ninep_share import FIRST_PORT
 from vm.linuxkit.fields import Check, Reader
 from vm.settings import (
     BootSettings,
@@ -155,6 +156,12 @@ class _Judge:
     def _ports(self, ports: Mapping[str, int]) -> None:
         """Of the guest; `control` is the host's."""
         names: dict[int, str] = {}
+        shares = range(FIRST_PORT, FIRST_PORT + MAX_SHARES)
+        if ports.get("control") in shares:
+            self._complaints.add(
+                self._at("vsock", "ports", "control"),
+                f"vsock.ports.control: {shares[0]} to {shares[-1]} are those of shares by vsock; VPNKit's is 4098",
+            )
         for name, port in ports.items():
             if name != "control" and (other := names.setdefault(port, name)) != name:
                 self._complaints.add(

@@ -139,6 +139,7 @@ def test_what_no_file_can_say_is_not_offered() -> None:
         (BOOT + "memory: 8M\n", "from 32 MiB"),
         (BOOT + "vsock: {cid: 2}\n", "from 3 to"),
         (BOOT + "vsock: {ports: {a: 5, b: 5}}\n", "5 is that of a too"),
+        (BOOT + "vsock: {ports: {control: 564}}\n", "564 to 579 are those of shares"),
         (BOOT + "vsock: {ports: {a: 5}}\ndocker_socket: {port: 5}\n", "vsock.ports.docker: 5 is that of a too"),
         (BOOT + "stop: {grace: 2 days}\n", "a day at most"),
         (BOOT + "timesync: maybe\n", "neither on nor off"),
