@@ -15,7 +15,7 @@ CASES = {
     "z4_fragments": 1500,
     "z5_receiver": 150,
     "z6_rings": 400,
-    "z7_messages": 60,
+    "z7_messages": 25,
     "z8_streams": 250,
     "z9_names": 3000,
     "z10_services": 400,

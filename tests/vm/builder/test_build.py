@@ -181,4 +181,11 @@ def test_modules_that_depend_without_end_are_refused(tmp_path: Path) -> None:
 def test_the_example_is_complete() -> None:
     """The machine of the README; what it is built from is downloaded in `tests/qemu/test_build.py`."""
     machine = load_all([Path(__file__).parents[3] / "examples/tiny-linuxkit.yml"])
-    assert {service.name for service in machine.services} == {"getty", "web", "docker-socket", "forwarder", "timesync"}
+    assert {service.name for service in machine.services} == {
+        "getty",
+        "web",
+        "docker-socket",
+        "engine",
+        "forwarder",
+        "timesync",
+    }
