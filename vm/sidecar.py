@@ -46,15 +46,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--end-with-stdin", action="store_true", help="end when standard input ends")
 
 
+def hear(over: asyncio.Event, describe: Callable[[], Any]) -> None:
+    """From now on signals set `over`, or ask for `describe`; before the first socket is there, so that none is left behind."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, over.set)
+    loop.add_signal_handler(signal.SIGUSR1, lambda: log.info("%s", json.dumps(describe(), default=str)))
+
+
 async def until_told(
     options: argparse.Namespace, describe: Callable[[], Any], over: asyncio.Event | None = None
 ) -> None:
     """Say that it is ready, and wait for the end, or for `over`. `options` are those of `add_options`."""
     loop = asyncio.get_running_loop()
     over = over or asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, over.set)
-    loop.add_signal_handler(signal.SIGUSR1, lambda: log.info("%s", json.dumps(describe(), default=str)))
+    hear(over, describe)
     if options.end_with_stdin:
         threading.Thread(target=_read_to_end, args=(loop, over.set), daemon=True).start()
     if options.ready_fd is not None:

@@ -10,22 +10,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
-import json
 import logging
-import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from netstack.errors import NetstackError
-from vm.sidecar import more_descriptors
+from vm.sidecar import add_options, hear, more_descriptors, until_told
 from vm.vsock.engine import LIMIT
 from vm.vsock.service import VsockService
-
-log = logging.getLogger("pyvpnkit")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,10 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="DIR/guest.PORT for this port of the guest",
     )
     parser.add_argument("--limit", type=int, default=LIMIT, help="connections at once (%(default)s)")
-    parser.add_argument(
-        "--ready-fd", type=int, metavar="N", help="descriptor that is written to and closed when it is ready"
-    )
-    parser.add_argument("--end-with-stdin", action="store_true", help="end when standard input ends")
+    add_options(parser)
     try:
         options = parser.parse_args(argv)
     except SystemExit as end:
@@ -63,43 +53,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             forwards=options.forward,
             limit=options.limit,
         )
-        asyncio.run(_run(service, options.ready_fd, options.end_with_stdin))
+        asyncio.run(_run(service, options))
     except NetstackError as error:
         print(f"vm.vsock: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-async def _run(service: VsockService, ready_fd: int | None, end_with_stdin: bool) -> None:
-    loop = asyncio.get_running_loop()
+async def _run(service: VsockService, options: argparse.Namespace) -> None:
     over = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, over.set)
-    loop.add_signal_handler(signal.SIGUSR1, lambda: log.info("%s", json.dumps(service.describe(), default=str)))
+    hear(over, service.describe)
     async with service:
-        with _until_end(over.set) if end_with_stdin else contextlib.nullcontext():
-            if ready_fd is not None:
-                with contextlib.suppress(OSError):
-                    os.write(ready_fd, b"\n")
-                with contextlib.suppress(OSError):
-                    os.close(ready_fd)
-            await over.wait()
-
-
-@contextlib.contextmanager
-def _until_end(end: Callable[[], None]) -> Iterator[None]:
-    """Call `end` when standard input ends. A thread reads it: it may be a file, which no loop can watch."""
-
-    def read() -> None:
-        with contextlib.suppress(OSError):
-            while os.read(0, 4096):
-                pass
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(end)
-
-    loop = asyncio.get_running_loop()
-    threading.Thread(target=read, daemon=True).start()
-    yield
+        await until_told(options, service.describe, over)
 
 
 if __name__ == "__main__":

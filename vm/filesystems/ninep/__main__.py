@@ -79,6 +79,7 @@ def _connected(fd: int) -> socket.socket:
 
 async def _run(server: FileServer, connected: socket.socket | None, options: argparse.Namespace) -> None:
     over = asyncio.Event()
+    sidecar.hear(over, server.describe)
     async with server, asyncio.TaskGroup() as group:
         serving = None if connected is None else group.create_task(server.serve(connected))
         if serving is not None:
