@@ -102,6 +102,17 @@ def answers(path: str) -> bool:
     return True
 
 
+def peer_pid(sock: socket.socket) -> int | None:
+    """The process that connected a Unix stream socket; None where that cannot be known."""
+    if sys.platform != "linux":
+        return None
+    try:
+        pid, _uid, _gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    except OSError:
+        return None
+    return int(pid)
+
+
 def peer_uid(sock: socket.socket) -> int | None:
     """The user at the other end of a Unix stream socket; None where that cannot be known."""
     try:

@@ -19,7 +19,6 @@ import logging
 import os
 import socket
 import struct
-import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Final
@@ -28,7 +27,7 @@ from aiohttp import web
 
 from netstack.errors import ConfigError
 from netstack.flow.records import local_end, remote_end
-from netstack.link.listening import UnixSocket, peer_uid
+from netstack.link.listening import UnixSocket, peer_pid, peer_uid
 from portfwd.acceptor import Acceptor
 from pyvpnkit.api.guard import Guard
 from pyvpnkit.api.http import IDLE_S, MAX_BODY, MAX_CONNECTIONS, HttpServer, Peer
@@ -267,10 +266,8 @@ def _name(address: str, port: int) -> str:
 
 
 def _process(sock: socket.socket) -> str:
-    if sys.platform != "linux":
-        return ""
-    pid, _uid, _gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return f" (pid {pid})"
+    pid = peer_pid(sock)
+    return "" if pid is None else f" (pid {pid})"
 
 
 def _own(path: str) -> bool:

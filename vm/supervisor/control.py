@@ -21,7 +21,7 @@ from typing import Any, Final
 from aiohttp import web
 
 from netstack.errors import ConfigError, NetstackError
-from netstack.link.listening import UnixSocket, peer_uid
+from netstack.link.listening import UnixSocket, peer_pid, peer_uid
 from vm.api import Unsupported
 from vm.supervisor.status import status
 from vm.supervisor.supervisor import Supervisor
@@ -151,8 +151,5 @@ async def _body(request: web.Request) -> dict[str, Any]:
 
 def _peer(request: web.Request) -> str:
     sock = request.transport.get_extra_info("socket") if request.transport is not None else None
-    try:
-        found = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12) if sock is not None else b""
-    except (OSError, AttributeError):
-        return "unknown"
-    return str(int.from_bytes(found[:4], "little")) if found else "unknown"
+    pid = peer_pid(sock) if sock is not None else None
+    return "unknown" if pid is None else str(pid)
