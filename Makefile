@@ -1,7 +1,7 @@
 # make demo    the tour: installs into .venv, needs no root and no VM
 # make demo-vm the tour with a virtual machine: installs QEMU where it may, boots a kernel of Debian (on x86-64)
 # make demo-vpn a VPN of the host comes and goes under a working guest; needs no root and no VM either
-# make test    everything: installs what the tests use (Debian, Ubuntu), runs them
+# make test    everything: installs what the tests use (Debian, Ubuntu), runs them, PROCESSES files at a time
 # make lint    ruff and mypy
 # make bench   the benchmarks; takes minutes, wants root and an idle machine
 # make fuzz    the fuzz targets, FUZZ_SECONDS each
@@ -18,6 +18,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 FUZZ_SECONDS ?= 60
 PYTEST_ARGS ?=
+PROCESSES ?= 2
 
 .PHONY: demo demo-vm demo-vpn test lint bench fuzz manual clean packages dev
 
@@ -32,7 +33,7 @@ demo-vpn: $(VENV)/.installed
 	$(BIN)/pyvpnkit demo --vpn
 
 test: packages dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(PROCESSES) $(PYTEST_ARGS)
 
 lint: dev
 	$(BIN)/ruff format --check .

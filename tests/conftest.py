@@ -1,13 +1,18 @@
-"""What holds for every test: our `dns` before dnspython's, and no test skipped behind CI's back."""
+"""What holds for every test: our `dns` before dnspython's, no test skipped behind CI's back, and who may run at once."""
 
 from __future__ import annotations
 
 import os
 import signal
+from typing import TYPE_CHECKING
 
 import pytest
 
 import netstack  # noqa: F401  # first: it makes our `dns` importable beside dnspython's
+
+if TYPE_CHECKING:
+    from xdist.remote import Producer
+    from xdist.scheduler import LoadScopeScheduling
 
 EXPECTED = "expected:"
 """A skip whose reason begins so is right on this kind of machine (another operating system, say)."""
@@ -17,6 +22,22 @@ EXPECTED = "expected:"
 for _number in (signal.SIGINT, signal.SIGQUIT):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
+
+
+_ONE_AT_A_TIME = ("tests/kernel/", "tests/qemu/")
+"""Tests that want a processor or two for themselves, with a kernel's time-outs or a whole machine's boot."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    """Of `pytest -n`: the tests of one file run in one process, as do all that boot something; the rest runs beside them."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "machines" if nodeid.startswith(_ONE_AT_A_TIME) else nodeid.partition("::")[0]
+
+    return Scheduling(config, log)
 
 
 def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:

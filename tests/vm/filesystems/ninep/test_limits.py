@@ -261,12 +261,13 @@ def test_descriptors_of_the_process_run_out(place: Site, client: Client, export:
     client.store("file", b"data")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     highest = max(map(int, os.listdir("/proc/self/fd")))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 9, hard))
     fids: list[int] = []
     try:
         with pytest.raises(OSError) as caught:
             fids.extend(client.open("file") for _ in range(500))
         assert caught.value.errno == errno.EMFILE and place.server.describe()["over"]["opened"] == 0
+        assert fids
         for fid in fids:
             client.clunk(fid)
         assert client.load("file") == b"data"
