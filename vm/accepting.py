@@ -13,21 +13,19 @@ import errno
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Final
 
 from netstack.errors import NetstackError
 from netstack.link.listening import peer_uid
+from vm.api import Serve
 
 log = logging.getLogger("pyvpnkit")
 
 LIMIT: Final = 256
 """Connections at once."""
 REST_S: Final = 0.1
-
-Serve = Callable[[socket.socket], Awaitable[None]]
-"""Serves a connected, non-blocking socket, which is closed afterwards."""
 
 _EXHAUSTED: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 

@@ -322,6 +322,8 @@ class Console(Protocol):
 
 
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+Serve = Callable[[socket.socket], Awaitable[None]]
+"""Serves a connected, non-blocking socket, which is closed afterwards."""
 
 
 class Listening(Protocol):
@@ -341,6 +343,10 @@ class Vsock(Protocol):
 
     async def listen(self, port: int, handler: Handler) -> Listening:
         """For what the guest dials at CID 2. Raises `ConfigError` when the place is taken."""
+        ...
+
+    async def serve(self, port: int, serve: Serve) -> Listening:
+        """The same with sockets, for who only passes octets on."""
         ...
 
 

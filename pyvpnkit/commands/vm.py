@@ -16,6 +16,7 @@ Command = Callable[..., argparse.ArgumentParser]
 RUN_BY: Final = {
     "up": "vm_up:up",
     "down": "vm_talk:down",
+    "rm": "vm_talk:remove",
     "status": "vm_talk:status",
     "list": "vm_talk:machines",
     "pause": "vm_talk:pause",
@@ -44,7 +45,7 @@ MACHINE is a file, or the name of a machine; left out it is vm.yml here, or the 
 
 def add(command: Command) -> None:
     """Register `vm` among the commands, by `command(name, help, **more)` of `pyvpnkit.cli`."""
-    register(command("vm", "virtual machines: up, down, status, console, logs, plan, build", epilog=EXAMPLES))
+    register(command("vm", "virtual machines: up, down, rm, status, console, logs, plan, build", epilog=EXAMPLES))
 
 
 def register(parser: argparse.ArgumentParser) -> None:
@@ -52,16 +53,15 @@ def register(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="vm_action", metavar="ACTION", required=True)
 
     def one(name: str, help: str, **more: Any) -> argparse.ArgumentParser:
-        made = actions.add_parser(name, help=help, description=help, allow_abbrev=False, **more)
+        return actions.add_parser(name, help=help, description=help, allow_abbrev=False, **more)
+
+    def machine(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
         made.add_argument(
             "--state-dir",
             metavar="DIR",
             type=Path,
             help="directory of this machine; default: $XDG_STATE_HOME/pyvpnkit/vm/NAME, else below ~/.local/state",
         )
-        return made
-
-    def machine(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
         made.add_argument("machine", metavar="MACHINE", nargs="?", help="its file or its name")
         return made
 
@@ -78,6 +78,7 @@ def register(parser: argparse.ArgumentParser) -> None:
         "--limit", type=float, metavar="SECONDS", help="kill it when it takes longer [stop.grace of its file]"
     )
 
+    machine(one("rm", "forget a machine that is down: its addresses, logs, what was built; not its file and its disks"))
     json(machine(one("status", "how a machine does; exit status 1 when it is not up")))
     json(one("list", "the machines there are"))
     machine(one("pause", "stop a guest's time"))

@@ -1,4 +1,4 @@
-"""`pyvpnkit vm down`, `status`, `list`, `events`, `pause`, `resume` and `restart`: what the supervisor is asked."""
+"""`pyvpnkit vm down`, `rm`, `status`, `list`, `events`, `pause`, `resume` and `restart`: what the supervisor is asked."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, Final
 
-from netstack.errors import HostError
+from netstack.errors import ConfigError, HostError
 from pyvpnkit.commands import vm_find
 from pyvpnkit.commands.client import Client
 from pyvpnkit.commands.table import clean, print_json, print_table, seconds
@@ -58,6 +58,27 @@ def _reclaim(home: Home) -> list[str]:
         return []
     with contextlib.closing(lock):
         return home.reclaim()
+
+
+def remove(parsed: argparse.Namespace) -> int:
+    """0 when it is gone, 1 when something that is not ours stays in its directory."""
+    home, _ = vm_find.find(parsed)
+    name = home.path.name
+    if not home.exists:
+        raise ConfigError(f"there is no machine at {home.path}")
+    lock = home.lock()
+    if lock is None:
+        raise HostError(f"{name} is up; take it down first: pyvpnkit vm down {name}")
+    with contextlib.closing(lock):
+        home.reclaim()
+        left = home.remove()
+    if left:
+        print(
+            f"{name} is removed, but {home.path} stays, for this is not of the machine's: {', '.join(map(clean, left))}"
+        )
+        return 1
+    print(f"{name} is removed; its file and its disks stay")
+    return 0
 
 
 def status(parsed: argparse.Namespace) -> int:

@@ -55,7 +55,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
 @pytest.fixture
 def state() -> Iterator[StateDir]:
     before = os.umask(0o077)  # as the supervisor has it; a guest is not to notice
-    directory = Path(tempfile.mkdtemp(prefix="vm"))
+    directory = Path(tempfile.mkdtemp(prefix="vm=1"))  # what QEMU's words could be misled by
     yield StateDir(directory)
     shutil.rmtree(directory)
     os.umask(before)

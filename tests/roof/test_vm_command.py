@@ -359,6 +359,40 @@ def test_what_a_killed_supervisor_left_is_removed_by_down(shell: Shell) -> None:
     assert nothing_left(shell.home()) == []
 
 
+def test_a_machine_is_forgotten_when_it_is_down(shell: Shell) -> None:
+    file = shell.write(ALONE)
+    shell("up", "box.yml")
+    home = shell.home()
+    refused = shell("rm", "box")
+    assert (refused.status, refused.err) == (1, "pyvpnkit: box is up; take it down first: pyvpnkit vm down box\n")
+    assert shell("status", "box").status == 0
+    shell("down", "box")
+    (home.path / "disk.img").touch()
+    kept = shell("rm", "box")
+    assert kept.status == 1
+    assert "disk.img" in kept.out
+    assert os.listdir(home.path) == ["disk.img"]
+    assert shell("rm", "box").status == 2  # there is none now
+    assert shell("up", "box.yml").status == 2  # not into a directory with other things in it
+    (home.path / "disk.img").unlink()
+    assert shell("up", "box.yml").status == 0
+    assert shell("down", "box").status == 0
+    gone = shell("rm", "box.yml")
+    assert (gone.status, gone.out) == (0, "box is removed; its file and its disks stay\n")
+    assert not home.path.exists()
+    assert file.exists()
+    assert json.loads(shell("list", "--json").out) == []
+
+
+def test_a_machine_whose_supervisor_was_killed_can_be_forgotten(shell: Shell) -> None:
+    shell.write(ALONE)
+    shell("up", "box.yml")
+    os.kill(shell.home().holder(), signal.SIGKILL)
+    until(lambda: not shell.home().holder())
+    assert shell("rm", "box").status == 0
+    assert not shell.home().path.exists()
+
+
 def test_which_machine_is_asked_when_it_is_not_clear(shell: Shell) -> None:
     nothing = shell("status")
     assert nothing.status == 2

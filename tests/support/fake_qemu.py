@@ -1,4 +1,6 @@
-"""Something in QEMU's place that speaks QMP: `fake_qemu.py HOW -qmp unix:PATH,...`, for what a real one does too rarely.
+"""Something in QEMU's place that speaks QMP, for what a real one does too rarely.
+
+    fake_qemu.py HOW ... -chardev socket,id=qmp,path=PATH,...
 
 HOW is a word: `well` behaves; `refuses` will not let the machine go; `old` is QEMU 6.2; `no-pty` has no console; `silent` never
 greets; `deaf` has no monitor; `gives-up` stops by an internal error; `hangs` ignores SIGTERM and answers nothing but the first
@@ -31,7 +33,7 @@ def main(how: str, words: list[str]) -> int:
     if how == "deaf":
         time.sleep(SAYS_NOTHING_S)
     monitor = socket.socket(socket.AF_UNIX)
-    monitor.bind(words[words.index("-qmp") + 1].removeprefix("unix:").partition(",")[0])
+    monitor.bind(next(word for word in words if word.startswith("socket,id=qmp")).split(",")[2].removeprefix("path="))
     monitor.listen()
     connection, _ = monitor.accept()
     if how == "silent":

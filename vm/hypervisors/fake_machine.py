@@ -200,7 +200,7 @@ class FakeMachine:
         self._say(f"{self.name} login: ", end="")
 
     def _count_lives(self) -> int:
-        path = self.state / "fake-lives"
+        path = self.state / "fake-lives.json"
         with contextlib.suppress(OSError, ValueError):
             lives = int(path.read_text()) + 1
             path.write_text(str(lives))

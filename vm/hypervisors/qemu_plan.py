@@ -86,7 +86,9 @@ def argv(spec: VmSpec, state: StateDir, host: Host) -> list[str]:
     words += ["-name", quoted(spec.name), "-uuid", str(spec.uuid)]
     words += ["-nodefaults", "-no-user-config", "-display", "none"]
     words += _machine(spec, host, bool(shared))
-    words += ["-S", "-qmp", f"unix:{quoted(state.monitor)},server=on,wait=off"]
+    # Not by -qmp: that takes a path with an equals sign for something else.
+    words += ["-S", "-chardev", f"socket,id=qmp,path={quoted(state.monitor)},server=on,wait=off"]
+    words += ["-mon", "chardev=qmp,mode=control"]
     # Appended to, so that it can be cut while QEMU has it open (vm.console_log).
     words += ["-chardev", f"pty,id=con,logfile={quoted(state.console_log)},logappend=on", "-serial", "chardev:con"]
     words += ["-device", "virtio-rng-pci", "-device", "pvpanic-pci"]

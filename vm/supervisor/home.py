@@ -20,6 +20,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import signal
 import stat
 import time
@@ -37,6 +38,8 @@ REAP_S: Final = 2.0
 """How long a process of a killed supervisor may take to end before it is killed."""
 KILL_S: Final = 10.0
 """And how long after that."""
+MADE: Final = ("boot", "efi-variables", "hyperkit.pid", "log", "network", "run", "vsock")
+"""What else than the lock, JSON, logs and sockets is made here."""
 _ULA: Final = uuid.UUID("6f2b8a5e-0d0c-5c55-9d44-4f6d2b6f0a11")
 """Our own namespace for `uuid5`."""
 
@@ -106,7 +109,7 @@ class Home:
             raise ConfigError(f"state directory: {self.path}: {why}; choose another with --state-dir") from None
 
     def lock(self) -> Lock | None:
-        """`None` where a supervisor holds it. Raises `HostError`."""
+        """`None` where a supervisor holds it, or somebody removes the machine. Raises `HostError`."""
         path = self.state.lock
         with _host(path):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -117,6 +120,9 @@ class Home:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 return None
             raise
+        if not os.fstat(descriptor).st_nlink:
+            os.close(descriptor)
+            return None
         with _host(path):
             os.ftruncate(descriptor, 0)
             os.write(descriptor, b"%d\n" % os.getpid())
@@ -217,6 +223,28 @@ class Home:
                     mode = os.lstat(path).st_mode
                     if path != served and (stat.S_ISSOCK(mode) or stat.S_ISLNK(mode)):
                         path.unlink()
+
+    def remove(self) -> list[str]:
+        """Delete what was made here, and the directory if nothing else is in it; the names of what is not ours and stays.
+
+        Call it with the lock held, after `reclaim`. Raises `HostError`.
+        """
+        with _host(self.path):
+            for path in _entries(self.path):
+                if path.is_dir() and not path.is_symlink():
+                    if path.name in MADE:
+                        shutil.rmtree(path)
+                elif (
+                    path.name in MADE
+                    or path.name.endswith((".json", ".json.new"))
+                    or path.name.startswith("console.log")
+                ):
+                    path.unlink()
+            left = sorted(path.name for path in _entries(self.path) if path != self.state.lock)
+            self.state.lock.unlink(missing_ok=True)
+            if not left:
+                self.path.rmdir()
+        return left
 
 
 @contextlib.contextmanager

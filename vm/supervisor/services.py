@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import socket
 from pathlib import Path
@@ -13,6 +12,7 @@ from vm.api import StateDir, Vsock
 from vm.docker_socket import DOCKER, PING, Dial, DockerSocket
 from vm.http_probe import answers
 from vm.settings import VmSettings
+from vm.splice import splice
 from vm.supervisor import probes
 from vm.supervisor.design import Design
 from vm.supervisor.network import Network
@@ -36,17 +36,17 @@ async def serve_control(supervisor: Supervisor, streams: Vsock, stack: contextli
         return
     path = supervisor.home.state.socket("port.sock")
 
-    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def carry(guest: socket.socket) -> None:
+        there = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            there, back = await asyncio.open_unix_connection(path)
+            there.setblocking(False)
+            there.connect(str(path))  # of a Unix socket: done at once, or refused
         except OSError as error:
+            there.close()
             raise HostError(f"{path}: {error.strerror}") from None
-        try:
-            await _join((reader, writer), (there, back))
-        finally:
-            back.close()
+        await splice(guest, there)
 
-    listening = await streams.listen(spec.served["control"], carry)
+    listening = await streams.serve(spec.served["control"], carry)
     stack.push_async_callback(listening.close)
 
 
@@ -60,29 +60,6 @@ def docker_path(settings: VmSettings, state: StateDir) -> Path:
     """Where docker.sock is: in the state directory, unless the file says an absolute path."""
     wanted = settings.docker.path if settings.docker is not None else None
     return state.path / wanted if wanted is not None else state.docker
-
-
-_Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
-
-
-async def _join(left: _Streams, right: _Streams) -> None:
-    """Octets both ways until both have ended; half-close crosses."""
-
-    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while octets := await reader.read(65536):
-            writer.write(octets)
-            await writer.drain()
-        writer.write_eof()
-
-    ways = [asyncio.create_task(carry(left[0], right[1])), asyncio.create_task(carry(right[0], left[1]))]
-    try:
-        await asyncio.gather(*ways)
-    except OSError:
-        pass  # one of them was reset, and so is the other
-    finally:
-        for way in ways:
-            way.cancel()
-        await asyncio.gather(*ways, return_exceptions=True)
 
 
 def probe(supervisor: Supervisor, streams: Vsock | None, console: probes.ConsoleLog | None) -> probes.Probe | None:

@@ -14,8 +14,8 @@ from typing import Final
 
 from netstack.errors import ConfigError, HostError
 from netstack.link.listening import UnixSocket
-from vm.accepting import LIMIT, Accepted, Acceptor, Serve
-from vm.api import Handler
+from vm.accepting import LIMIT, Accepted, Acceptor
+from vm.api import Handler, Serve
 from vm.vsock.api.paths import ShortPath, short_path
 
 HOST_CID: Final = 2  # vsock(7): VMADDR_CID_HOST
@@ -66,9 +66,12 @@ class Convention(ABC):
     async def _dial(self, port: int) -> socket.socket:
         """A socket behind which the stream begins. Raises `HostError`, `OSError`; leaves nothing open then."""
 
-    @abstractmethod
     async def listen(self, port: int, handler: Handler, *, limit: int = LIMIT) -> Server:
-        """As `vm.api.Vsock.listen`; more than `limit` connections at once are closed as they come, and counted."""
+        return await self.serve(port, serving(handler), limit=limit)
+
+    @abstractmethod
+    async def serve(self, port: int, serve: Serve, *, limit: int = LIMIT) -> Server:
+        """As `vm.api.Vsock.serve`; more than `limit` connections at once are closed as they come, and counted."""
 
 
 def check_port(port: int) -> None:
@@ -103,7 +106,7 @@ async def dialled(path: Path, port: int) -> AsyncIterator[socket.socket]:
         raise
 
 
-async def listening(path: Path, port: int, handler: Handler, limit: int) -> Server:
+async def listening(path: Path, port: int, serve: Serve, limit: int) -> Server:
     """Serve what a hypervisor connects to `path` for `port`. Raises `ConfigError`."""
     check_port(port)
     try:
@@ -115,7 +118,7 @@ async def listening(path: Path, port: int, handler: Handler, limit: int) -> Serv
     except ConfigError as error:
         short.close()
         raise ConfigError(str(error).replace(short.text, os.fspath(path))) from None
-    return Server(Acceptor(bound.sock, serving(handler), name=f"vsock port {port}", limit=limit), bound, short)
+    return Server(Acceptor(bound.sock, serve, name=f"vsock port {port}", limit=limit), bound, short)
 
 
 def serving(handler: Handler) -> Serve:

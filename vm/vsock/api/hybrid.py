@@ -13,7 +13,7 @@ from typing import Final
 
 from netstack.errors import HostError
 from vm.accepting import LIMIT
-from vm.api import Handler
+from vm.api import Serve
 from vm.vsock.api.common import Convention, Server, dialled, listening
 
 LONGEST_ANSWER: Final = 32
@@ -32,8 +32,8 @@ class HybridVsock(Convention):
             await _answer(sock, port)
             return sock
 
-    async def listen(self, port: int, handler: Handler, *, limit: int = LIMIT) -> Server:
-        return await listening(self._path.with_name(f"{self._path.name}_{port}"), port, handler, limit)
+    async def serve(self, port: int, serve: Serve, *, limit: int = LIMIT) -> Server:
+        return await listening(self._path.with_name(f"{self._path.name}_{port}"), port, serve, limit)
 
 
 async def _answer(sock: socket.socket, port: int) -> None:

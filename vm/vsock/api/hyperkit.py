@@ -11,7 +11,7 @@ from pathlib import Path
 
 from netstack.errors import HostError
 from vm.accepting import LIMIT
-from vm.api import Handler
+from vm.api import Serve
 from vm.vsock.api.common import HOST_CID, Convention, Server, dialled, listening
 
 
@@ -29,8 +29,8 @@ class HyperKitVsock(Convention):
                 raise HostError(f"vsock port {port}: the hypervisor did not take the line that names the port")
             return sock
 
-    async def listen(self, port: int, handler: Handler, *, limit: int = LIMIT) -> Server:
-        return await listening(self._directory / guest_dials(port), port, handler, limit)
+    async def serve(self, port: int, serve: Serve, *, limit: int = LIMIT) -> Server:
+        return await listening(self._directory / guest_dials(port), port, serve, limit)
 
 
 def guest_dials(port: int) -> str:

@@ -14,8 +14,8 @@ from typing import Any, Final
 
 from netstack.errors import ConfigError, HostError
 from vm.accepting import LIMIT, Acceptor
-from vm.api import Handler
-from vm.vsock.api.common import Convention, Server, check_port, serving
+from vm.api import Serve
+from vm.vsock.api.common import Convention, Server, check_port
 
 ANY_CID: Final = 0xFFFFFFFF  # vsock(7): VMADDR_CID_ANY
 FIRST_GUEST_CID: Final = 3  # vsock(7): 0 to 2 are the hypervisor, this machine and its host
@@ -60,7 +60,7 @@ class KernelVsock(Convention):
             raise
         return sock
 
-    async def listen(self, port: int, handler: Handler, *, limit: int = LIMIT) -> Server:
+    async def serve(self, port: int, serve: Serve, *, limit: int = LIMIT) -> Server:
         check_port(port)
         sock = self._make()
         try:
@@ -71,7 +71,7 @@ class KernelVsock(Convention):
             sock.close()
             why = _WHY.get(error.errno or 0, error.strerror or str(error))
             raise ConfigError(f"vsock port {port}: {why}") from None
-        return Server(Acceptor(sock, serving(handler), name=f"vsock port {port}", limit=limit, admit=self._is_ours))
+        return Server(Acceptor(sock, serve, name=f"vsock port {port}", limit=limit, admit=self._is_ours))
 
     def _is_ours(self, sock: socket.socket) -> bool:
         return bool(sock.getpeername()[0] == self._cid)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from netstack.errors import ConfigError
 from vm.accepting import LIMIT
-from vm.api import Handler, VsockSpec
+from vm.api import Serve, VsockSpec
 from vm.vsock.api.common import Convention, Server, dialled, listening
 from vm.vsock.api.hyperkit import guest_dials
 
@@ -38,8 +38,8 @@ class PerPortVsock(Convention):
         async with dialled(_known(self._dialled, port, "ports"), port) as sock:
             return sock
 
-    async def listen(self, port: int, handler: Handler, *, limit: int = LIMIT) -> Server:
-        return await listening(_known(self._served, port, "served"), port, handler, limit)
+    async def serve(self, port: int, serve: Serve, *, limit: int = LIMIT) -> Server:
+        return await listening(_known(self._served, port, "served"), port, serve, limit)
 
 
 def host_dials(cid: int, port: int) -> str:
