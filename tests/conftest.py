@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
@@ -38,6 +40,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadSco
             return "machines" if nodeid.startswith(_ONE_AT_A_TIME) else nodeid.partition("::")[0]
 
     return Scheduling(config, log)
+
+
+@pytest.fixture(autouse=True)
+def _log_levels() -> Iterator[None]:
+    """A test that runs a program's start in this process, or a fuzzer, leaves the next one's log as it was."""
+    loggers = [logging.getLogger(), *(logging.getLogger(name) for name in ("pyvpnkit", "pyvpnkit.dns", "asyncio"))]
+    before = [(logger, logger.level, logger.disabled) for logger in loggers]
+    yield
+    for logger, level, disabled in before:
+        logger.setLevel(level)
+        logger.disabled = disabled
 
 
 def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
