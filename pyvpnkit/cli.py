@@ -187,9 +187,10 @@ def parser() -> argparse.ArgumentParser:
     vm.add(command)
     kube.add_arguments(command("kube-forwarder", kube.HELP, epilog=kube.EXAMPLES))
 
-    command("vpnkit", "VPNKit's own command line, for programs that start vpnkit", add_help=False).add_argument(
-        "rest", nargs=argparse.REMAINDER
-    )
+    for name, whose in (("vpnkit", "VPNKit's"), ("gvproxy", "gvproxy's")):
+        command(name, f"{whose} own command line, for programs that start {name}", add_help=False).add_argument(
+            "rest", nargs=argparse.REMAINDER
+        )
 
     for name, help in IN_VM.items():
         command(name, f"inside a VM: {help}", add_help=False).add_argument("rest", nargs=argparse.REMAINDER)

@@ -96,6 +96,9 @@ class ControlSettings:
     guest_api: bool = False
     """Serve gvproxy's forwarder API (expose, unexpose, all) to guests at port 80 of the gateway, as podman machine wants it. A
     guest sees and removes only what it made."""
+    guest_bind: str = "loopback"
+    """Where guests may publish by it: on this host's `loopback` (who asks for every address gets 127.0.0.1; ports from 1024 on), or
+    on `any` address and port they ask for, as with gvproxy: other machines may then reach what a guest publishes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -417,6 +420,7 @@ OPTIONS: Final[tuple[Option, ...]] = (
     _option("control.token_file", "--control-token-file", "FILE", values.or_off(values.text), "/etc/pyvpnkit/token"),
     _option("control.users", "--control-users", "UID", values.number(0), "1001", many=True),
     _option("control.guest_api", "--guest-api", "on|off", values.flag, "on"),
+    _option("control.guest_bind", "--guest-bind", "WHERE", values.one_of("loopback", "any"), "any"),
     _option("vpnkit.port", "--port", "PATH", values.text, "/run/vm/port.sock", many=True),
     _option("vpnkit.introspection", "--introspection", "PATH", values.text, "/run/vm/introspection.sock", many=True),
     _option("vpnkit.diagnostics", "--diagnostics", "PATH", values.text, "/run/vm/diagnostics.sock", many=True),

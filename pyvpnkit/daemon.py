@@ -33,10 +33,15 @@ MAX_LISTED: Final = 50
 Reload = Callable[[], Settings]
 """Reads the settings again; raises `ConfigError`."""
 
+Beside = Callable[[Service], contextlib.AbstractAsyncContextManager[object]]
+"""What a program that we stand in for has besides: called before anything is open, entered before it is said to be ready."""
 
-def main(settings: Settings, *, ready_fd: int | None = None, reload: Reload | None = None) -> int:
+
+def main(
+    settings: Settings, *, ready_fd: int | None = None, reload: Reload | None = None, beside: Beside | None = None
+) -> int:
     """Serve until told to stop; returns the exit status. Raises `ConfigError` and `HostError` for what prevents a start."""
-    if not settings.links:
+    if not settings.links and not settings.control.listen:  # there guests may come by gvproxy's /connect
         raise ConfigError(
             "links: there is none, so no guest could attach; give --link, for example --link qemu:/tmp/net.sock"
         )
@@ -46,7 +51,7 @@ def main(settings: Settings, *, ready_fd: int | None = None, reload: Reload | No
     with contextlib.ExitStack() as files:
         if settings.pid_file is not None:
             files.callback(process.PidFile(settings.pid_file).close)
-        return run(lambda: _serve(settings, ready_fd, reload))
+        return run(lambda: _serve(settings, ready_fd, reload, beside))
 
 
 def run(main: Callable[[], Any]) -> int:
@@ -101,11 +106,12 @@ def _state(settings: Settings) -> Iterator[Path | None]:
         directory.close()
 
 
-async def _serve(settings: Settings, ready_fd: int | None, reload: Reload | None) -> int:
+async def _serve(settings: Settings, ready_fd: int | None, reload: Reload | None, beside: Beside | None = None) -> int:
     loop = asyncio.get_running_loop()
     began = time.monotonic()
     stop = _Stop()
     service = Service(settings)
+    around = beside(service) if beside is not None else contextlib.nullcontext()
     loop.set_exception_handler(lambda _loop, context: uncaught(service, context))
     service.publish()
     if settings.user is not None:
@@ -118,7 +124,7 @@ async def _serve(settings: Settings, ready_fd: int | None, reload: Reload | None
     }
     # Before the links are there: who sees a socket may already ask for the summary, which must not end the process.
     with _state(settings) as service.state_directory, _signals(loop, handlers):
-        async with service:
+        async with service, around:
             await _until_stopped(service, stop, ready_fd)
     log.info("stopped")
     return 0

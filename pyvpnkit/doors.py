@@ -113,7 +113,7 @@ class Doors:
 
             foreign = (
                 vpnkit_api.routes(self._service.registry, via=self.via, dump=self.dump),
-                gvproxy_api.routes(self._gvproxy_forwards(), self._gvproxy_suppliers()),
+                gvproxy_api.routes(self.gvproxy_forwards(), self._gvproxy_suppliers()),
             )
             server = ControlServer(
                 self._service,
@@ -140,12 +140,13 @@ class Doors:
 
     # -- gvproxy's API
 
-    def _gvproxy_forwards(self) -> GvproxyForwards:
+    def gvproxy_forwards(self) -> GvproxyForwards:
         """One for the host's clients and guests, so that they see each other's."""
         if self._forwards is None:
-            from portfwd.gvproxy_forwards import Forwards
+            from portfwd.gvproxy_forwards import Forwards, as_asked, loopback_only
 
-            self._forwards = Forwards(self._service.registry)
+            policy = as_asked if self._settings.control.guest_bind == "any" else loopback_only
+            self._forwards = Forwards(self._service.registry, policy=policy)
         return self._forwards
 
     def _gvproxy_suppliers(self) -> Suppliers:
@@ -180,7 +181,7 @@ class Doors:
             return
         from portfwd.gvproxy_guest import GuestDoor
 
-        door = GuestDoor(self._gvproxy_forwards())
+        door = GuestDoor(self.gvproxy_forwards())
         await door.start()
         undo.push_async_callback(door.close)
         self._service.stack.serve_sockets(self._settings.network.gateway_bytes, HTTP_PORT, door.serve)

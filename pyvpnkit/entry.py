@@ -18,12 +18,16 @@ IN_VM: Final = {
 }
 """Commands with flags as Go writes them, and the modules whose `main` they are."""
 
-OTHERS: Final = {**IN_VM, "vpnkit": "pyvpnkit.vpnkit"}
+STAND_INS: Final = {"vpnkit": "pyvpnkit.vpnkit", "gvproxy": "pyvpnkit.gvproxy.command"}
+"""Other programs' own command lines; also by a symlink of that name."""
+
+OTHERS: Final = {**IN_VM, **STAND_INS}
 """All that read their command line themselves."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command line `argv` and return the exit status."""
+    _fill_standard_descriptors()
     if argv and argv[0] in OTHERS:
         return int(importlib.import_module(OTHERS[argv[0]]).main(argv[1:]))
     from pyvpnkit import cli
@@ -31,7 +35,18 @@ def main(argv: Sequence[str]) -> int:
     return cli.main(argv)
 
 
+def _fill_standard_descriptors() -> None:
+    """Who starts us may have closed some of the first three. Anything else of that number would be written to, and libuv ends
+    the process that closes one."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:  # `sys.__stdin__` and so on stay None, for who wants to know
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))
+
+
 def run() -> None:
-    """The console script; by the name of `vpnkit`, as a symlink gives it, it is VPNKit's command line."""
-    called = os.path.basename(sys.argv[0]) == "vpnkit"
-    sys.exit(main(["vpnkit", *sys.argv[1:]] if called else sys.argv[1:]))
+    """The console script; by the name of `vpnkit` or `gvproxy`, as a symlink gives it, it is that one's command line."""
+    called = os.path.basename(sys.argv[0])
+    sys.exit(main([called, *sys.argv[1:]] if called in STAND_INS else sys.argv[1:]))

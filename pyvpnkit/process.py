@@ -58,9 +58,9 @@ def open_own_file(path: str, flags: int, mode: int = 0o600) -> int:
 
 
 class PidFile:
-    """A locked file with our process id, removed by `close`."""
+    """A locked file with our process id and `end`, removed by `close`."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, end: bytes = b"\n") -> None:
         """Raises `ConfigError` when a living process holds it or the path cannot be used."""
         self._path = path
         self._fd = open_own_file(path, os.O_RDWR, 0o644)
@@ -73,7 +73,7 @@ class PidFile:
                 f"pid_file: {path} is held by process {holder or 'unknown'}; stop that one first"
             ) from None
         os.ftruncate(self._fd, 0)
-        os.write(self._fd, b"%d\n" % os.getpid())
+        os.write(self._fd, b"%d" % os.getpid() + end)
 
     def close(self) -> None:
         if self._fd < 0:

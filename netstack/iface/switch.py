@@ -255,6 +255,10 @@ class Switch:
         self._counters = counters
         self._make_plain = make_plain
         """`(frame with virtio-net header, octets of that, mtu)` -> ordinary Ethernet frames."""
+        self.on_learnt: Callable[[bytes], None] = lambda mac: None
+        """Told of each address that is new in the table."""
+        self.on_forgotten: Callable[[bytes], None] = lambda mac: None
+        """And of each that is no longer in it."""
 
     def learn(self, mac: bytes, port: Port) -> bool:
         """`mac` sent a frame on `port`; False when the address is not to be believed."""
@@ -270,13 +274,19 @@ class Switch:
             if len(self._macs) >= MAC_LIMIT or per_port[port] >= MACS_PER_PORT:
                 # A guest that makes up addresses loses its own oldest one, never a guest that has few.
                 loser = port if per_port[port] >= MACS_PER_PORT else per_port.most_common(1)[0][0]
-                del self._macs[next(old for old, owner in self._macs.items() if owner is loser or not owner.alive)]
+                self._drop(next(old for old, owner in self._macs.items() if owner is loser or not owner.alive))
         self._macs[mac] = port
+        if known is None:
+            self.on_learnt(mac)
         return True
+
+    def _drop(self, mac: bytes) -> None:
+        del self._macs[mac]
+        self.on_forgotten(mac)
 
     def forget(self, port: Port) -> None:
         for mac in [mac for mac, owner in self._macs.items() if owner is port]:
-            del self._macs[mac]
+            self._drop(mac)
 
     def owner(self, mac: bytes) -> Port | None:
         return self._macs.get(mac)

@@ -3,7 +3,7 @@
 Theory of operation. `Attachments` is an async context manager that owns everything between a link URL and the stack:
 
 * listening (a Unix or TCP socket, an inherited one): every accepted peer becomes a link; a lost one is simply gone, and
-  the next may come. Several at once are several links.
+  the next may come. Several at once are several links. With `once` the first is the only one, and ends the link with it.
 * dialling: connect, be a link until it is lost, connect again, with pauses that grow from 0.1 to 2 s (threats F2).
 * a bound datagram socket: `UnixgramServer` makes the links.
 * vhost-user: a connection is no link yet, it is where the front-end says when the guest's rings run; `VhostUserPeer` makes a
@@ -196,6 +196,8 @@ class Attachments:
         self._sources += 1
         if spec.how == "inherited":
             self._inherit(spec)
+        elif spec.how == "stdio":
+            self._add_stdio(spec)
         elif spec.kind in DEVICES:
             self._add_device(spec)
         elif spec.connect:
@@ -284,6 +286,8 @@ class Attachments:
     def _socket_link(self, spec: LinkSpec, sock: socket.socket) -> Link:
         kinds: dict[Kind | None, Any] = {"qemu": QemuLink, "vmnet": VmnetLink}
         make = kinds.get(spec.kind, DatagramLink)
+        if spec.kind == "stdio":
+            from netstack.link.stdio import StdioLink as make
         link: Link = make(sock, self._name(spec), spec.mtu or self._mtu, counters=self._counters)
         return link
 
@@ -363,8 +367,14 @@ class Attachments:
                 self._handshakes[task] = None
                 task.add_done_callback(self._shaken)
             else:
-                await self._take(spec, peer)
+                ended = await self._take(spec, peer)
+                if spec.once and ended is not None:
+                    self._listening.remove(_url(spec, door))
+                    door.close()
+                    await ended.wait()
+                    break
             await asyncio.sleep(0)  # sock_accept does not yield while connections wait
+        self._exhausted()
 
     def _shaken(self, task: asyncio.Task[None]) -> None:
         self._handshakes.pop(task, None)
@@ -485,6 +495,16 @@ class Attachments:
         if ended is not None:
             await ended.wait()
         self._exhausted()
+
+    def _add_stdio(self, spec: LinkSpec) -> None:
+        from netstack.link import stdio  # by need: hardly anybody has it
+
+        ends = stdio.take_over()
+        sock, carried = stdio.one_socket(*ends)
+        self._start(self._keep_connection(spec, sock))
+        if carried is not None and self._group is not None:
+            # Not among the tasks that stop accepting: it goes on while flows finish, and ends with the link.
+            self._group.create_task(stdio.carried(carried, *ends))
 
     def _add_device(self, spec: LinkSpec) -> None:
         process = process_handle(int(spec.where)) if spec.how == "pid" else None

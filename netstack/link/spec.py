@@ -10,8 +10,10 @@
     tap:netns=NAME tap:pid=PID      a TAP device inside a network namespace (also packet:)
     tap:fd=N                        the same, the namespace given as an open descriptor
     tap:NAME                        a TAP device NAME in our own namespace
+    stdio:                          standard input and output, pipes or one socket: gvforwarder's frames (u16 little-endian)
 
-Options: `mtu=N`, `name=TEXT` (shown instead of the URL); for tap, packet and vhost-user `mac=AA:BB:...` (of the guest's end)
+Options: `mtu=N`, `name=TEXT` (shown instead of the URL); for qemu and bess links that listen `once=on` (the first guest is the
+only one, and the link is over with it); for tap, packet and vhost-user `mac=AA:BB:...` (of the guest's end)
 and `offload=on|off`; for tap and packet `ifname=NAME` (default eth0); for vhost-user `mode=server|client` and `config=on|off`
 (offer a configuration space: crosvm needs it, QEMU warns of it). A comma inside an address is written twice.
 """
@@ -24,23 +26,24 @@ import socket
 import stat
 from dataclasses import dataclass, replace
 from os import fstat
-from typing import Any, Final, Literal, TypeAlias, get_args
+from typing import Any, Final, Literal, TypeAlias
 
 from netstack.errors import ConfigError
 from netstack.settings import format_mac, parse_mac
 
-How: TypeAlias = Literal["unix", "tcp", "fd", "netns", "pid", "device", "inherited"]
-"""What `where` is: a socket's path, `HOST:PORT`, a namespace (descriptor, name, process), a device, an open link."""
+How: TypeAlias = Literal["unix", "tcp", "fd", "netns", "pid", "device", "inherited", "stdio"]
+"""What `where` is: a socket's path, `HOST:PORT`, a namespace (descriptor, name, process), a device, an open link; or nothing."""
 
-Kind: TypeAlias = Literal["vhost-user", "qemu", "vmnet", "unixgram", "bess", "tap", "packet"]
+Kind: TypeAlias = Literal["vhost-user", "qemu", "vmnet", "unixgram", "bess", "tap", "packet", "stdio"]
 
 SOCKETS: Final = ("vhost-user", "qemu", "vmnet", "unixgram", "bess")
 STREAMS: Final = ("qemu", "vmnet")
 ON_STREAM_SOCKETS: Final = (*STREAMS, "vhost-user")
 DEVICES: Final = ("tap", "packet")
+ONE_GUEST: Final = ("qemu", "bess")
 WITH_OFFLOADS: Final = (*DEVICES, "vhost-user")
-_LATER: Final = {"stdio": "a child's standard input and output"}
-_BUILT: Final = (*SOCKETS, *DEVICES, "fd")
+SCHEMES: Final = (*SOCKETS, *DEVICES, "fd", "stdio")
+_ON_DESCRIPTORS: Final = (*SOCKETS, *DEVICES)
 _FORMS: Final = {
     "vhost-user": "vhost-user:/PATH, vhost-user:/PATH,mode=client or vhost-user:fd:N",
     "qemu": "qemu:/PATH, qemu:tcp:HOST:PORT, qemu:connect:/PATH, qemu:connect:tcp:HOST:PORT or qemu:fd:N",
@@ -49,7 +52,8 @@ _FORMS: Final = {
     "bess": "bess:/PATH, bess:connect:/PATH or bess:fd:N",
     "tap": "tap:netns=NAME, tap:pid=PID, tap:fd=N or tap:DEVICE",
     "packet": "packet:netns=NAME, packet:pid=PID, packet:fd=N or packet:DEVICE",
-    "fd": "fd:N or fd:N,kind=" + "|".join(get_args(Kind)),
+    "fd": "fd:N or fd:N,kind=" + "|".join(_ON_DESCRIPTORS),
+    "stdio": "stdio:",
 }
 
 
@@ -74,6 +78,8 @@ class LinkSpec:
     """Checksum and segmentation offload (tap, packet, vhost-user)."""
     config: bool = True
     """Offer the configuration space (vhost-user), which crosvm asks for and QEMU complains of."""
+    once: bool = False
+    """The first guest is the only one; the link is over with it (qemu and bess that listen)."""
 
     def __post_init__(self) -> None:
         if self.mtu is not None and not 576 <= self.mtu <= 65520:
@@ -90,26 +96,24 @@ class LinkSpec:
             raise ConfigError(f"link {self}: mac and offload are for tap, packet and vhost-user links only")
         if not self.config and self.kind not in ("vhost-user", None):
             raise ConfigError(f"link {self}: config is for vhost-user links only")
+        if self.once and (self.kind not in ONE_GUEST or self.connect or self.how not in ("unix", "tcp")):
+            raise ConfigError(f"link {self}: once is for qemu and bess links that listen")
 
     @classmethod
     def parse(cls, text: str) -> LinkSpec:
         """The link that `text` names. Raises `ConfigError` that says what would be accepted."""
         scheme, colon, rest = text.partition(":")
-        if scheme in _LATER:
+        if not colon or scheme not in SCHEMES or "\0" in text:
             raise ConfigError(
-                f"link {text!r}: {scheme} ({_LATER[scheme]}) is not built yet; there are {', '.join(_BUILT)}"
-            )
-        if not colon or scheme not in _BUILT or "\0" in text:
-            raise ConfigError(
-                f"link {text!r}: write SCHEME:ADDRESS with one of the schemes {', '.join(_BUILT)}; "
+                f"link {text!r}: write SCHEME:ADDRESS with one of the schemes {', '.join(SCHEMES)}; "
                 "for example qemu:/run/user/1000/net.sock"
             )
         parts = [part.replace("\0", ",") for part in rest.replace(",,", "\0").split(",")]
         where, options = parts[0], _options(text, parts[1:])
         if scheme == "fd":
             kind = options.pop("kind", None)
-            if kind is not None and kind not in get_args(Kind):
-                raise ConfigError(f"link {text!r}: kind={kind!r}; use one of {', '.join(get_args(Kind))}")
+            if kind is not None and kind not in _ON_DESCRIPTORS:
+                raise ConfigError(f"link {text!r}: kind={kind!r}; use one of {', '.join(_ON_DESCRIPTORS)}")
             how: How = "inherited"
             connect = False
         else:
@@ -139,6 +143,8 @@ class LinkSpec:
                 text = f"fd:{where}" + (f",kind={self.kind}" if self.kind else "")
             case "inherited":
                 text = f"{self.kind}:fd:{where}"
+            case "stdio":
+                text = "stdio:"
             case _:
                 text = f"{self.kind}:{self.how}={where}"
         options = {
@@ -148,13 +154,14 @@ class LinkSpec:
             "mac": self.mac,
             "offload": None if self.offload else "off",
             "config": None if self.config else "off",
+            "once": "on" if self.once else None,
         }
         return text + "".join(f",{key}={value}" for key, value in options.items() if value is not None)
 
     @property
     def label(self) -> str:
         """What people see: the given name, or the URL without its options."""
-        return self.name or str(replace(self, mtu=None, ifname=None, mac=None, offload=True, config=True))
+        return self.name or str(replace(self, mtu=None, ifname=None, mac=None, offload=True, config=True, once=False))
 
     @property
     def endpoint(self) -> tuple[str, int]:
@@ -190,13 +197,13 @@ def _typed(text: str, options: dict[str, str]) -> dict[str, Any]:
                 typed[key] = value
             case "mac":
                 typed[key] = format_mac(parse_mac(value))
-            case "offload" | "config" if value in ("on", "off"):
+            case "offload" | "config" | "once" if value in ("on", "off"):
                 typed[key] = value == "on"
-            case "offload" | "config":
+            case "offload" | "config" | "once":
                 raise ConfigError(f"link {text!r}: {key}={value!r}; use on or off")
             case _:
                 raise ConfigError(
-                    f"link {text!r}: unknown option {key!r}; there are mtu, name, ifname, mac, offload, mode, config"
+                    f"link {text!r}: unknown option {key!r}; there are mtu, name, ifname, mac, offload, mode, config, once"
                 )
     return typed
 
@@ -208,6 +215,8 @@ def _place(scheme: str, text: str) -> tuple[How, str, bool]:
         if not equals:
             return "device", text, False
         return (key, value, False) if key in ("netns", "pid", "fd") else ("device", "", False)  # type: ignore[return-value]
+    if scheme == "stdio":
+        return "stdio", text, False
     if text.startswith("fd:"):
         return "inherited", text[3:], False
     connect = text.startswith("connect:")
@@ -229,6 +238,8 @@ def _plausible(scheme: str, how: How, where: str, connect: bool) -> bool:
             return scheme in STREAMS and _host_and_port(where)
         case "netns":
             return bool(where)
+        case "stdio":
+            return not where
         case "device":
             return re.fullmatch(r"[^\s/=]{1,15}", where) is not None
 

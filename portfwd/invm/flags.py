@@ -31,6 +31,8 @@ class Given:
     """What a command line said."""
 
     texts: dict[str, str] = field(default_factory=dict)
+    every: dict[str, list[str]] = field(default_factory=dict)
+    """All values of each flag that was given, in order."""
     switches: set[str] = field(default_factory=set)
     unknown: list[str] = field(default_factory=list)
     """Flags nobody knows, as written."""
@@ -70,10 +72,9 @@ def parse(argv: Sequence[str], flags: Mapping[str, Flag], *, tolerant: bool = Fa
                     words.pop(0)
         elif not flag.value:
             _switch(given, name, value if equals else "true")
-        elif equals:
-            given.texts[name] = value
-        elif words:
-            given.texts[name] = words.pop(0)
+        elif equals or words:
+            given.texts[name] = value if equals else words.pop(0)
+            given.every.setdefault(name, []).append(given.texts[name])
         else:
             raise ConfigError(f"flag -{name} needs a value: -{name} {flag.value}")
     return given

@@ -557,6 +557,22 @@ async def test_a_seqpacket_guest(network: Network, tmp_path: Path) -> None:
         await until(lambda: not network.ports)
 
 
+async def test_a_link_for_one_guest_is_over_with_it(network: Network, tmp_path: Path) -> None:
+    path = tmp_path / "net.sock"
+    async with network.make(f"qemu:{path},once=on") as links:
+        guest = socket.socket(socket.AF_UNIX)
+        with guest:
+            guest.connect(str(path))
+            await until(lambda: len(network.ports) == 1)
+            await until(lambda: links.listening == [])
+            with socket.socket(socket.AF_UNIX) as second, pytest.raises(ConnectionRefusedError):
+                second.connect(str(path))
+            assert not links.over.is_set()
+        async with asyncio.timeout(5):
+            await links.over.wait()
+    assert not path.exists()
+
+
 # Limits and ends.
 
 

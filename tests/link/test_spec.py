@@ -40,6 +40,11 @@ GOOD = [
     "packet:pid=77",
     "packet:veth0",
     "qemu:/odd,,path/a.sock,name=one,,two",
+    "qemu:/run/net.sock,once=on",
+    "qemu:tcp:127.0.0.1:1234,once=on",
+    "bess:/run/uml.sock,mtu=9000,once=on",
+    "stdio:",
+    "stdio:,mtu=4000",
 ]
 
 
@@ -80,7 +85,13 @@ def test_other_spellings_mean_the_same(text: str, same: str) -> None:
         ("qemu:/x,config=off", "config is for vhost-user links only"),
         ("vhost-user:/x,config=maybe", "use on or off"),
         ("vhost-user:/x,ifname=eth1", "tap and packet links only"),
-        ("stdio:gvforwarder", "not built yet"),
+        ("stdio:gvforwarder", "write stdio:"),
+        ("stdio", "SCHEME:ADDRESS"),
+        ("fd:3,kind=stdio", "use one of vhost-user, qemu, vmnet"),
+        ("vmnet:/x,once=on", "once is for qemu and bess links that listen"),
+        ("qemu:connect:/x,once=on", "once is for qemu and bess links that listen"),
+        ("qemu:fd:3,once=on", "once is for qemu and bess links that listen"),
+        ("qemu:/x,once=yes", "use on or off"),
         ("qemu:", "write qemu:/PATH"),
         ("qemu:net.sock", "write qemu:/PATH"),
         ("qemu:tcp:127.0.0.1", "qemu:tcp:HOST:PORT"),

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import pty
 import socket
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +18,7 @@ from netstack.errors import ConfigError
 from netstack.link.attach import Attachments
 from netstack.link.stdio import GVFORWARDER_MTU, StdioLink, adopt
 from netstack.observe.metrics import Counters, Drop
+from tests.support import packets
 
 from .conftest import frame
 
@@ -79,3 +86,85 @@ async def test_connections_are_adopted_by_number_and_refused_when_there_are_too_
     for pair_ in pairs:
         for sock in pair_:
             sock.close()
+
+
+# Standard input and output.
+
+ROOT = Path(__file__).parents[2]
+RUN = [sys.executable, "-m", "pyvpnkit", "run", "--link", "stdio:", "--state-dir", "off"]
+FRAMES = 3000
+
+
+def who_has(number: int) -> bytes:
+    """A guest's question after the gateway, told apart by its own address."""
+    mac = b"\x02\0\0\0\0\x07"
+    guest = bytes((192, 168, 65, 3 + number % 200))
+    octets = packets.ether(
+        b"\xff" * 6, mac, packets.ARP, packets.arp(1, mac, guest, bytes(6), bytes((192, 168, 65, 1)))
+    )
+    return len(octets).to_bytes(2, "little") + octets
+
+
+def answers(stream: bytes) -> int:
+    """Frames in a stream, all of them ARP replies of the gateway."""
+    count = 0
+    while stream:
+        length = int.from_bytes(stream[:2], "little")
+        frame_, stream = stream[2 : 2 + length], stream[2 + length :]
+        assert frame_[12:14] == b"\x08\x06" and frame_[20:22] == b"\0\2" and frame_[28:32] == bytes((192, 168, 65, 1))
+        count += 1
+    return count
+
+
+def test_a_daemon_on_two_pipes_that_ends_with_them() -> None:
+    """As gvforwarder starts it; more goes both ways than pipes hold, and nothing but frames comes out."""
+    said = b"".join(map(who_has, range(FRAMES)))
+    with subprocess.Popen(
+        RUN, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    ) as daemon:
+        assert daemon.stdin is not None and daemon.stdout is not None and daemon.stderr is not None
+        writer = threading.Thread(target=daemon.stdin.write, args=(said,))
+        writer.start()
+        heard = daemon.stdout.read(len(said))  # an answer is as long as its question
+        writer.join()
+        daemon.stdin.close()
+        assert daemon.wait(10) == 0
+        assert b"the last link has ended" in daemon.stderr.read()
+        assert (answers(heard), daemon.stdout.read()) == (FRAMES, b"")
+
+
+def test_a_daemon_on_one_socket() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, subprocess.Popen(RUN, stdin=theirs, stdout=theirs, stderr=subprocess.PIPE, cwd=ROOT) as daemon:
+        theirs.close()
+        ours.settimeout(10)
+        ours.sendall(who_has(1))
+        assert answers(ours.recv(100)) == 1
+        ours.close()
+        assert daemon.stderr is not None
+        assert daemon.wait(10) == 0, daemon.stderr.read()
+
+
+def test_a_terminal_and_a_log_in_between_are_refused() -> None:
+    master, slave = pty.openpty()
+    try:
+        run = subprocess.run(RUN, stdin=slave, capture_output=True, text=True, cwd=ROOT, timeout=60, check=False)
+        assert (run.returncode, "standard input is a terminal" in run.stderr) == (2, True), run.stderr
+        both = subprocess.run(
+            RUN,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+            timeout=60,
+            check=False,
+        )
+        assert (both.returncode, "are the same; send the log elsewhere" in both.stdout) == (2, True), both.stdout
+        closed = subprocess.run(
+            ["sh", "-c", 'exec "$@" <&-', "sh", *RUN], capture_output=True, text=True, cwd=ROOT, timeout=60, check=False
+        )
+        assert (closed.returncode, "standard input is closed" in closed.stderr) == (2, True), closed.stderr
+    finally:
+        os.close(master)
+        os.close(slave)

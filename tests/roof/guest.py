@@ -28,6 +28,8 @@ class StreamGuest:
 
     LENGTH = struct.Struct("!I")
     """What goes before each frame."""
+    GATEWAY = GATEWAY
+    GATEWAY_MAC = GATEWAY_MAC
 
     def __init__(self, path: str, mac: bytes = b"\x02\0\0\0\0\x07") -> None:
         self.mac = mac
@@ -54,7 +56,7 @@ class StreamGuest:
 
     def send_ip(self, destination: bytes, protocol: int, payload: bytes) -> None:
         packet = packets.ipv4(self.address, destination, protocol, payload)
-        self.send(packets.ether(GATEWAY_MAC, self.mac, packets.IPV4, packet))
+        self.send(packets.ether(self.GATEWAY_MAC, self.mac, packets.IPV4, packet))
 
     def frames(self, limit_s: float = LIMIT_S) -> Iterator[bytes]:
         """Frames as they come; `TimeoutError` when none does for `limit_s`, the end when the link is closed."""
@@ -103,11 +105,13 @@ class StreamGuest:
     def lease(self) -> bytes:
         """DISCOVER, OFFER, REQUEST, ACK; the address leased."""
         offered = self.discover()
-        acknowledged = self._dhcp(3, b"\x32\x04" + offered + b"\x36\x04" + GATEWAY)
+        acknowledged = self._dhcp(3, b"\x32\x04" + offered + b"\x36\x04" + self.GATEWAY)
         self.address = acknowledged.payload[8 + 16 : 8 + 20]
         assert self.address == offered
         self.send(
-            packets.ether(BROADCAST, self.mac, packets.ARP, packets.arp(1, self.mac, self.address, bytes(6), GATEWAY))
+            packets.ether(
+                BROADCAST, self.mac, packets.ARP, packets.arp(1, self.mac, self.address, bytes(6), self.GATEWAY)
+            )
         )
         return self.address
 

@@ -28,6 +28,22 @@ def running(tmp_path: Path) -> Iterator[Daemon]:
         yield made
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&- 2>&-"])
+def test_who_starts_it_may_have_closed_the_standard_descriptors(tmp_path: Path, closed: str) -> None:
+    link = tmp_path / "net.sock"
+    words = [sys.executable, "-m", "pyvpnkit", "run", "--link", f"qemu:{link}", "--state-dir", "off"]
+    process = subprocess.Popen(["sh", "-c", f'exec "$@" {closed}', "sh", *words], cwd=Path(__file__).parents[2])
+    try:
+        wait_until(link.exists)
+        with contextlib.closing(StreamGuest(str(link))) as guest:
+            assert socket.inet_ntoa(guest.lease()) == "192.168.65.3"
+        process.terminate()
+        assert process.wait(10) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
 @pytest.fixture
 def server() -> Iterator[socket.socket]:
     """A host server that accepts, sends without end, and never reads."""

@@ -1,4 +1,4 @@
-"""`vpnkit` as people have it: a symlink of that name to the console script."""
+"""`vpnkit` and `gvproxy` as people have them: a symlink of that name to the console script."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def program(directory: Path) -> str:
-    """The path of a `vpnkit` in `directory`, which runs this checkout."""
-    script, link = directory / "script", directory / "vpnkit"
+def program(directory: Path, name: str = "vpnkit") -> str:
+    """The path of a program `name` in `directory`, which runs this checkout."""
+    script, link = directory / "script", directory / name
     if not link.exists():
         lines = (
             f"#!{sys.executable}",

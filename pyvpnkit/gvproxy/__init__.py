@@ -1,0 +1,1 @@
+"""gvproxy's own command line, configuration file and notifications, on the daemon of `pyvpnkit run`."""
