@@ -103,7 +103,10 @@ class Network:
     gateway: str = "192.168.65.1"
     """Router, DHCP, DNS (53) and NTP (123) server."""
     host_alias: str | None = "192.168.65.2"
-    """Address at which guests reach the host's 127.0.0.1; `off` (`None`) turns it off."""
+    """Address at which guests reach the host's 127.0.0.1; `off` (`None`) turns it off. It may be the gateway's, whose services go
+    first then."""
+    gateway_aliases: tuple[str, ...] = ()
+    """Further addresses of the gateway, with its name and time services; addresses of the subnet."""
     pool_first: str | None = None
     """First address for guests; default: the first of the subnet after gateway and host alias."""
     pool_last: str | None = None
@@ -151,12 +154,14 @@ class Network:
         fixed: dict[str, str] = {"gateway": self.gateway}
         if self.host_alias is not None:
             fixed["host_alias"] = self.host_alias
-        for name, text in fixed.items():
+        named = [*fixed.items(), *(("gateway_aliases", text) for text in self.gateway_aliases)]
+        for name, text in named:
             address = ipaddress.IPv4Address(parse_ipv4(text, name))
             if address not in network or address in (network.network_address, network.broadcast_address):
                 raise ConfigError(f"{name}: {text} is not a usable address of {self.subnet}")
-        if self.host_alias == self.gateway:
-            raise ConfigError(f"host_alias: {self.host_alias} is the gateway; the two must differ")
+        for text in self.gateway_aliases:
+            if text in fixed.values():
+                raise ConfigError(f"gateway_aliases: {text} is the gateway or the host alias already; leave it out")
         if not 576 <= self.mtu <= 65520:
             raise ConfigError(f"mtu: {self.mtu} is outside 576..65520")
         if self.udp_filtering not in ("independent", "endpoint"):
@@ -185,6 +190,16 @@ class Network:
         return None if self.host_alias is None else parse_ipv4(self.host_alias)
 
     @cached_property
+    def gateway_aliases_bytes(self) -> tuple[bytes, ...]:
+        return tuple(map(parse_ipv4, self.gateway_aliases))
+
+    @cached_property
+    def own_addresses(self) -> frozenset[bytes]:
+        """Gateway, its aliases and the host alias: those that are ours and never a guest's."""
+        alias = self.host_alias_bytes
+        return frozenset({self.gateway_bytes, *self.gateway_aliases_bytes, *([] if alias is None else [alias])})
+
+    @cached_property
     def gateway_mac_bytes(self) -> bytes:
         return parse_mac(self.gateway_mac)
 
@@ -192,9 +207,7 @@ class Network:
     def pool(self) -> tuple[ipaddress.IPv4Address, ipaddress.IPv4Address]:
         """First and last address a guest may be given, both inclusive."""
         network = self.network
-        taken = {ipaddress.IPv4Address(self.gateway)}
-        if self.host_alias is not None:
-            taken.add(ipaddress.IPv4Address(self.host_alias))
+        taken = set(map(ipaddress.IPv4Address, self.own_addresses))
         if self.pool_first is not None:
             first = ipaddress.IPv4Address(parse_ipv4(self.pool_first, "pool_first"))
         else:

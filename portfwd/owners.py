@@ -11,9 +11,9 @@ class Owner:
     """A front door (`kind`), and who came through it (`name`; empty where the door is one client).
 
     Kinds: `settings` (YAML and flags; a reload brings them in line), `hand` (the command line and `/v1`; kept across restarts),
-    `vpnkit` (VPNKit's HTTP API; `name` is the port socket, where it came through one), `gvproxy` (its API on the host), `9p`
-    (`name` is the connection; ends with it) and `guest` (gvproxy's API inside the network; `name` is the guest's address, which
-    removes nothing but its own).
+    `vpnkit` (VPNKit's HTTP API; `name` is the port socket, where it came through one), `gvproxy` (its API on the host),
+    `slirp4netns` (its API), `9p` (`name` is the connection; ends with it) and `guest` (gvproxy's API inside the network; `name` is
+    the guest's address, which removes nothing but its own).
     """
 
     kind: str

@@ -187,7 +187,7 @@ def parser() -> argparse.ArgumentParser:
     vm.add(command)
     kube.add_arguments(command("kube-forwarder", kube.HELP, epilog=kube.EXAMPLES))
 
-    for name, whose in (("vpnkit", "VPNKit's"), ("gvproxy", "gvproxy's")):
+    for name, whose in (("vpnkit", "VPNKit's"), ("gvproxy", "gvproxy's"), ("slirp4netns", "slirp4netns'")):
         command(name, f"{whose} own command line, for programs that start {name}", add_help=False).add_argument(
             "rest", nargs=argparse.REMAINDER
         )

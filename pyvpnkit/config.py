@@ -310,6 +310,7 @@ OPTIONS: Final[tuple[Option, ...]] = (
     _option("network.subnet", "--subnet", "NETWORK|auto", values.subnet, "10.0.2.0/24"),
     _option("network.gateway", "--gateway-ip", "IP", values.ipv4, "10.0.2.1"),
     _option("network.host_alias", "--host-alias --host-ip", "IP|off", values.or_off(values.ipv4), "10.0.2.2"),
+    _option("network.gateway_aliases", "--gateway-alias", "IP", values.ipv4, "192.168.65.250", many=True),
     _option("network.pool_first", "--pool-first", "IP", values.or_off(values.ipv4), "192.168.65.100"),
     _option("network.pool_last", "--pool-last", "IP", values.or_off(values.ipv4), "192.168.65.199"),
     _option("network.gateway_mac", "--gateway-mac", "MAC", values.mac, "02:00:00:00:00:01"),

@@ -18,7 +18,11 @@ IN_VM: Final = {
 }
 """Commands with flags as Go writes them, and the modules whose `main` they are."""
 
-STAND_INS: Final = {"vpnkit": "pyvpnkit.vpnkit", "gvproxy": "pyvpnkit.gvproxy.command"}
+STAND_INS: Final = {
+    "vpnkit": "pyvpnkit.vpnkit",
+    "gvproxy": "pyvpnkit.gvproxy.command",
+    "slirp4netns": "pyvpnkit.slirp4netns.command",
+}
 """Other programs' own command lines; also by a symlink of that name."""
 
 OTHERS: Final = {**IN_VM, **STAND_INS}

@@ -238,7 +238,7 @@ class Service:
     # -- what joins the parts
 
     def _serve(self) -> None:
-        gateway = self.settings.network.gateway_bytes
+        network = self.settings.network
 
         # Not the bound method: a reload puts another server there.
         def ask(payload: bytes, source: Endpoint, reply: Reply) -> None:
@@ -247,10 +247,11 @@ class Service:
         async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, source: Endpoint) -> None:
             await self.host.dns.stream(reader, writer, source)
 
-        self.stack.serve_datagrams(gateway, DNS_PORT, ask)
-        self.stack.serve_streams(gateway, DNS_PORT, converse)
-        if self.settings.ntp:
-            self.stack.serve_datagrams(gateway, NTP_PORT, self._ntp.datagram)
+        for address in (network.gateway_bytes, *network.gateway_aliases_bytes):
+            self.stack.serve_datagrams(address, DNS_PORT, ask)
+            self.stack.serve_streams(address, DNS_PORT, converse)
+            if self.settings.ntp:
+                self.stack.serve_datagrams(address, NTP_PORT, self._ntp.datagram)
 
     def default_guest(self) -> bytes:
         """The guest of published ports that name none: the lowest leased address, before any lease the pool's first."""

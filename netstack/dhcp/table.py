@@ -79,7 +79,7 @@ class Table:
         self._lease_s = network.lease_s
         self._in_use = in_use
         self._own = {network.network.network_address.packed, network.network.broadcast_address.packed}
-        self._own |= {network.gateway_bytes, network.host_alias_bytes or network.gateway_bytes}
+        self._own |= network.own_addresses
         self._fixed: dict[bytes, bytes] = {}
         self._fixed_of: dict[bytes, bytes] = {}
         for mac_text, address_text in network.static_leases.items():

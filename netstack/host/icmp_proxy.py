@@ -117,9 +117,7 @@ class IcmpProxy:
         self._egress = egress
         self._counters = counters
         self._events = events
-        self._own = {network.gateway_bytes}
-        if network.host_alias_bytes is not None:
-            self._own.add(network.host_alias_bytes)
+        self._own = network.own_addresses
         subnet = network.network
         self._subnet = (int(subnet.network_address), int(subnet.netmask))
         self._pings: Table[Ping] = Table(limit=network.limits.max_pings, idle_s=network.timeouts.ping_idle_s)

@@ -186,7 +186,9 @@ class UdpProxy:
             counters.drops[Drop.UDP_SEND] += 1
             return None
         real = decision.endpoint if isinstance(decision, Rewrite) else Endpoint(packet.destination, port)
-        forwarded = packet.destination == self._gateway
+        forwarded = (
+            packet.destination == self._gateway and self._egress.gateway_forwards.find(_PROTOCOL, port) is not None
+        )
         # A port of the gateway that leads elsewhere has a socket of its own: else the guest could address the same remote by
         # its own name too, and an answer had two names to come from.
         mapping = self._mapping(packet, source_port, port if forwarded else 0, now)

@@ -185,9 +185,7 @@ class Interface:
         self._contain = contain
         self._strict = network.strict_sources
         self._mac = network.gateway_mac_bytes
-        self._own = {network.gateway_bytes}
-        if network.host_alias_bytes is not None:
-            self._own.add(network.host_alias_bytes)
+        self._own = network.own_addresses
         subnet = network.network
         self._subnets = [(int(subnet.network_address), int(subnet.netmask))]
         for prefix in network.routed:

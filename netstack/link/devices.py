@@ -33,7 +33,7 @@ def open_device(spec: LinkSpec, mtu: int) -> Link:
 
         target = f"/proc/self/fd/{spec.where}" if spec.how == "fd" else spec.where
         try:
-            namespaces = namespace_paths("pid" if spec.how == "pid" else "netns", target)
+            namespaces = namespace_paths("pid" if spec.how == "pid" else "netns", target, spec.userns)
             for path, _kind in namespaces:
                 os.stat(path)
         except OSError as error:

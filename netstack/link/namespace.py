@@ -18,18 +18,20 @@ _CLONE_NEWUSER: Final = 0x10000000
 _CLONE_NEWNET: Final = 0x40000000
 
 
-def namespace_paths(kind: str, target: str) -> list[tuple[str, int]]:
+def namespace_paths(kind: str, target: str, user: str | None = None) -> list[tuple[str, int]]:
     """What to enter, in order, for `netns` (a name of `ip netns` or a path) or `pid` (a process id).
 
-    The user namespace of a process is entered first when it differs from ours, since it owns the network namespace.
+    The user namespace at the path `user`, for a process its own, is entered first when it differs from ours, since it owns
+    the network namespace.
     """
     if kind == "pid":
-        paths: list[tuple[str, int]] = []
-        user = f"/proc/{target}/ns/user"
-        if os.stat(user).st_ino != os.stat("/proc/self/ns/user").st_ino:
-            paths.append((user, _CLONE_NEWUSER))
-        return [*paths, (f"/proc/{target}/ns/net", _CLONE_NEWNET)]
-    return [(target if target.startswith("/") else f"/run/netns/{target}", _CLONE_NEWNET)]
+        user, net = user or f"/proc/{target}/ns/user", f"/proc/{target}/ns/net"
+    else:
+        net = target if target.startswith("/") else f"/run/netns/{target}"
+    paths = [(net, _CLONE_NEWNET)]
+    if user is not None and os.stat(user).st_ino != os.stat("/proc/self/ns/user").st_ino:
+        paths.insert(0, (user, _CLONE_NEWUSER))
+    return paths
 
 
 def process_handle(pid: int) -> int | None:

@@ -14,7 +14,8 @@
 
 Options: `mtu=N`, `name=TEXT` (shown instead of the URL); for qemu and bess links that listen `once=on` (the first guest is the
 only one, and the link is over with it); for tap, packet and vhost-user `mac=AA:BB:...` (of the guest's end)
-and `offload=on|off`; for tap and packet `ifname=NAME` (default eth0); for vhost-user `mode=server|client` and `config=on|off`
+and `offload=on|off`; for tap and packet `ifname=NAME` (default eth0) and `userns=PATH` (a user
+namespace to enter first; by default that of the process, with pid=); for vhost-user `mode=server|client` and `config=on|off`
 (offer a configuration space: crosvm needs it, QEMU warns of it). A comma inside an address is written twice.
 """
 
@@ -72,6 +73,8 @@ class LinkSpec:
     name: str | None = None
     ifname: str | None = None
     """Name of the guest's interface (tap, packet)."""
+    userns: str | None = None
+    """Path of the user namespace that is entered first (tap and packet in a network namespace)."""
     mac: str | None = None
     """MAC address of the guest's interface (tap, packet; vhost-user where the front-end asks for one)."""
     offload: bool = True
@@ -92,6 +95,8 @@ class LinkSpec:
             )
         if self.ifname and self.kind not in (*DEVICES, None):
             raise ConfigError(f"link {self}: ifname is for tap and packet links only")
+        if self.userns and (self.kind not in DEVICES or self.how not in ("netns", "pid", "fd")):
+            raise ConfigError(f"link {self}: userns is for tap and packet links in a network namespace")
         if (self.mac or not self.offload) and self.kind not in (*WITH_OFFLOADS, None):
             raise ConfigError(f"link {self}: mac and offload are for tap, packet and vhost-user links only")
         if not self.config and self.kind not in ("vhost-user", None):
@@ -151,6 +156,7 @@ class LinkSpec:
             "mtu": self.mtu,
             "name": None if self.name is None else self.name.replace(",", ",,"),
             "ifname": self.ifname,
+            "userns": None if self.userns is None else self.userns.replace(",", ",,"),
             "mac": self.mac,
             "offload": None if self.offload else "off",
             "config": None if self.config else "off",
@@ -161,7 +167,9 @@ class LinkSpec:
     @property
     def label(self) -> str:
         """What people see: the given name, or the URL without its options."""
-        return self.name or str(replace(self, mtu=None, ifname=None, mac=None, offload=True, config=True, once=False))
+        return self.name or str(
+            replace(self, mtu=None, ifname=None, userns=None, mac=None, offload=True, config=True, once=False)
+        )
 
     @property
     def endpoint(self) -> tuple[str, int]:
@@ -193,7 +201,7 @@ def _typed(text: str, options: dict[str, str]) -> dict[str, Any]:
                 typed[key] = int(value)
             case "mtu":
                 raise ConfigError(f"link {text!r}: mtu={value!r}; write octets such as mtu=1500")
-            case "name" | "ifname":
+            case "name" | "ifname" | "userns":
                 typed[key] = value
             case "mac":
                 typed[key] = format_mac(parse_mac(value))
@@ -203,7 +211,7 @@ def _typed(text: str, options: dict[str, str]) -> dict[str, Any]:
                 raise ConfigError(f"link {text!r}: {key}={value!r}; use on or off")
             case _:
                 raise ConfigError(
-                    f"link {text!r}: unknown option {key!r}; there are mtu, name, ifname, mac, offload, mode, config, once"
+                    f"link {text!r}: unknown option {key!r}; there are mtu, name, ifname, userns, mac, offload, mode, config, once"
                 )
     return typed
 

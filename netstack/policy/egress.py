@@ -192,6 +192,7 @@ class Egress:
     def __init__(self, network: Network) -> None:
         self._gateway = network.gateway_bytes
         self._alias = network.host_alias_bytes
+        self._gateway_aliases = frozenset(network.gateway_aliases_bytes)
         self._subnet = network.network
         self._allowed = _prefixes("allow", network.allow)
         self._routed = _prefixes("routed", network.routed)
@@ -227,7 +228,10 @@ class Egress:
         if destination == self._gateway:
             # Not among the remembered verdicts, which are the same for all ports.
             elsewhere = self.gateway_forwards.find(protocol, port)
-            return _NO_SERVICE if elsewhere is None else Rewrite(elsewhere)
+            if elsewhere is not None:
+                return Rewrite(elsewhere)
+            if destination != self._alias:
+                return _NO_SERVICE
         if destination == self._alias:
             rewrite = self._rewrites.get(port)
             if rewrite is None:
@@ -281,7 +285,7 @@ class Egress:
     def _judge_one(self, destination: bytes) -> Allow | Deny:
         if len(destination) not in (4, 16):
             return _deny(f"an address of {len(destination)} octets")
-        if destination == self._gateway:
+        if destination == self._gateway or destination in self._gateway_aliases:
             return _NO_SERVICE
         address = ipaddress.ip_address(destination)
         if destination == _LIMITED_BROADCAST or address == self._subnet.broadcast_address:

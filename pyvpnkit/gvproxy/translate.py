@@ -153,11 +153,9 @@ class Translation:
             self.complaints.append(f"stack.nat: {said}: one address can stand for 127.0.0.1, and none for another")
             return
         self.given["network.host_alias"] = [str(next(iter(nat), "off"))]
-        further = [one for one in self._stack.get("gatewayVirtualIPs", ()) if str(one) not in nat]
+        further = [str(one) for one in self._stack.get("gatewayVirtualIPs", ()) if str(one) not in nat]
         if further:
-            self.notes.append(
-                f"stack.gatewayVirtualIPs: {', '.join(map(str, further))}: passed over, nobody answers there"
-            )
+            self._tried("stack.gatewayVirtualIPs", lambda: self._give("network.gateway_aliases", ",".join(further)))
 
     def _filled(self, text: object) -> str:
         """A text with the names of addresses replaced."""

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from netstack.api import Endpoint
+from netstack.api import Endpoint, GatewayForward
 from netstack.errors import ConfigError
 from netstack.policy.egress import ALLOW, Answer, Deny, Egress, Rewrite, embedded_ipv4
 from netstack.settings import Network
@@ -96,6 +96,28 @@ def test_a_gateway_port_without_a_service_is_refused_and_never_proxied() -> None
     verdict = Egress(Network()).decide(TCP, packed("192.168.65.1"), 8888)
     assert isinstance(verdict, Deny)
     assert verdict.answer is Answer.REFUSED
+
+
+@pytest.mark.parametrize("protocol", [TCP, UDP])
+def test_a_gateway_that_is_the_host_alias_too_leads_to_the_host_after_its_forwards(protocol: int) -> None:
+    egress = Egress(Network(host_alias="192.168.65.1"))
+    egress.gateway_forwards.replace(
+        [GatewayForward("tcp" if protocol == TCP else "udp", 53, Endpoint(packed("10.0.0.1"), 5353))]
+    )
+    assert egress.decide(protocol, packed("192.168.65.1"), 53) == Rewrite(Endpoint(packed("10.0.0.1"), 5353))
+    assert egress.decide(protocol, packed("192.168.65.1"), 80) == Rewrite(Endpoint(packed("127.0.0.1"), 80))
+    assert egress.decide(protocol, packed("::ffff:192.168.65.1"), 80) != ALLOW
+
+
+def test_another_address_of_the_gateway_has_its_services_and_nothing_else() -> None:
+    network = Network(gateway_aliases=("192.168.65.250",))
+    assert Egress(network).decide(TCP, packed("192.168.65.250"), 80) == Egress(network).decide(
+        TCP, packed("192.168.65.1"), 80
+    )
+    assert network.own_addresses == {packed(f"192.168.65.{last}") for last in (1, 2, 250)}
+    for wrong in ("192.168.65.1", "192.168.65.2", "10.0.0.1", "192.168.65.255"):
+        with pytest.raises(ConfigError, match="gateway_aliases: "):
+            Network(gateway_aliases=(wrong,))
 
 
 def test_other_addresses_of_the_virtual_network_do_not_lead_to_the_hosts_network() -> None:

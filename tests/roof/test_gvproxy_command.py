@@ -195,6 +195,7 @@ stack:
   dnsSearchDomains: [corp.example]
   forwards: {{"127.0.0.1:2222": "10.9.0.2:22", "udp::53": "10.9.0.2:53"}}
   nat: {{10.9.0.200: 127.0.0.1}}
+  gatewayVirtualIPs: [10.9.0.200, 10.9.0.201]
   dhcpStaticLeases: {{10.9.0.2: "{MAC}"}}
   vpnKitUUIDMacAddresses: {{{UUID}: "{MAC}"}}
 """
@@ -214,6 +215,7 @@ def test_a_file(file: Path) -> None:
     network = found.network
     assert shown(found.links) == ["unixgram:/run/v"]
     assert (network.subnet, network.gateway, network.host_alias) == ("10.9.0.0/24", "10.9.0.1", "10.9.0.200")
+    assert network.gateway_aliases == ("10.9.0.201",)
     assert (network.mtu, network.gateway_mac, network.search) == (9000, "02:00:00:00:00:01", ("corp.example",))
     assert shown(found.publish) == ["tcp:127.0.0.1:2222:10.9.0.2:22", "udp:0.0.0.0:53:10.9.0.2:53"]
     assert (found.log_level, found.capture.file, found.control.listen) == ("warning", "/run/cap", ("unix:/run/api",))
