@@ -25,6 +25,8 @@ log = logging.getLogger("pyvpnkit")
 
 MAX_WAITING: Final = 100
 SEND_S: Final = 5.0
+PAUSE_S: Final = 0.01
+"""Between two: a guest that makes up hardware addresses does not keep their listener busy."""
 
 
 class Notifier:
@@ -66,6 +68,7 @@ class Notifier:
                         await self._send(octets)
                 except OSError as error:  # and so is TimeoutError
                     log.warning("notification %s: %s", self._path, error.strerror or "nobody takes it")
+                await asyncio.sleep(PAUSE_S)
 
     async def _send(self, octets: bytes) -> None:
         _, writer = await asyncio.open_unix_connection(self._path)
