@@ -321,7 +321,7 @@ class Attachments:
                 spec.label,
                 spec.mtu or self._mtu,
                 appeared=self._appeared,
-                gone=self._vanished,
+                gone=self._vanished_for_good if spec.once else self._vanished,
                 counters=self._counters,
                 label=lambda: self._name(spec),
             )
@@ -341,6 +341,10 @@ class Attachments:
         attached = self._attached.get(id(link))
         if attached is not None:
             self._end(attached, reason)
+
+    def _vanished_for_good(self, link: Any, reason: str) -> None:
+        self._vanished(link, reason)
+        self._exhausted()
 
     async def _accept(self, spec: LinkSpec, door: socket.socket, *, checked: bool) -> None:
         loop = asyncio.get_running_loop()

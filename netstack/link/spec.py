@@ -12,8 +12,8 @@
     tap:NAME                        a TAP device NAME in our own namespace
     stdio:                          standard input and output, pipes or one socket: gvforwarder's frames (u16 little-endian)
 
-Options: `mtu=N`, `name=TEXT` (shown instead of the URL); for qemu and bess links that listen `once=on` (the first guest is the
-only one, and the link is over with it); for tap, packet and vhost-user `mac=AA:BB:...` (of the guest's end)
+Options: `mtu=N`, `name=TEXT` (shown instead of the URL); for qemu, bess and unixgram links that listen `once=on` (the first guest
+is the only one, and the link is over with it); for tap, packet and vhost-user `mac=AA:BB:...` (of the guest's end)
 and `offload=on|off`; for tap and packet `ifname=NAME` (default eth0) and `userns=PATH` (a user
 namespace to enter first; by default that of the process, with pid=); for vhost-user `mode=server|client` and `config=on|off`
 (offer a configuration space: crosvm needs it, QEMU warns of it). A comma inside an address is written twice.
@@ -41,7 +41,7 @@ SOCKETS: Final = ("vhost-user", "qemu", "vmnet", "unixgram", "bess")
 STREAMS: Final = ("qemu", "vmnet")
 ON_STREAM_SOCKETS: Final = (*STREAMS, "vhost-user")
 DEVICES: Final = ("tap", "packet")
-ONE_GUEST: Final = ("qemu", "bess")
+ONE_GUEST: Final = ("qemu", "bess", "unixgram")
 WITH_OFFLOADS: Final = (*DEVICES, "vhost-user")
 SCHEMES: Final = (*SOCKETS, *DEVICES, "fd", "stdio")
 _ON_DESCRIPTORS: Final = (*SOCKETS, *DEVICES)
@@ -82,7 +82,7 @@ class LinkSpec:
     config: bool = True
     """Offer the configuration space (vhost-user), which crosvm asks for and QEMU complains of."""
     once: bool = False
-    """The first guest is the only one; the link is over with it (qemu and bess that listen)."""
+    """The first guest is the only one; the link is over with it (qemu, bess and unixgram that listen)."""
 
     def __post_init__(self) -> None:
         if self.mtu is not None and not 576 <= self.mtu <= 65520:
@@ -102,7 +102,7 @@ class LinkSpec:
         if not self.config and self.kind not in ("vhost-user", None):
             raise ConfigError(f"link {self}: config is for vhost-user links only")
         if self.once and (self.kind not in ONE_GUEST or self.connect or self.how not in ("unix", "tcp")):
-            raise ConfigError(f"link {self}: once is for qemu and bess links that listen")
+            raise ConfigError(f"link {self}: once is for qemu, bess and unixgram links that listen")
 
     @classmethod
     def parse(cls, text: str) -> LinkSpec:

@@ -23,6 +23,7 @@ METADATA: Final = "169.254.0.0/16"
 _BASE: Final[Mapping[str, list[str]]] = {
     "state_dir": ["off"],
     "control.socket": ["off"],
+    "timeouts.grace_s": ["0"],
     "control.guest_api": ["on"],
     "control.guest_bind": ["any"],
     "network.lease_s": ["3600"],
@@ -192,7 +193,7 @@ class Translation:
             case "bess", "unixpacket":
                 self._give("links", f"bess:{where},once=on")
             case "vfkit", "unixgram":
-                self._give("links", f"unixgram:{where}")
+                self._give("links", f"unixgram:{where},once=on")
             case _:
                 raise ConfigError(f"{url!r}: write {_FORMS[kind]}")
 

@@ -29,6 +29,7 @@ from pyvpnkit.gvproxy import command, translate
 from pyvpnkit.gvproxy.wanted import FLAGS, UUID, wanted
 from tests.roof.guest import LIMIT_S, StreamGuest, wait_until
 from tests.support import packets
+from tests.support.ports import free_port
 from tests.support.vpnkit_program import program
 
 QEMU = ("-listen-qemu", "unix:///run/qemu.sock")
@@ -57,6 +58,7 @@ def shown(value: Any) -> Any:
     [
         ("", "state_dir", None),
         ("", "control.socket", None),
+        ("", "timeouts.grace_s", 0),
         ("", "control.guest_api", True),
         ("", "control.guest_bind", "any"),
         ("", "network.subnet", "192.168.127.0/24"),
@@ -102,8 +104,8 @@ def test_a_flag_means_the_setting(argv: str, key: str, value: Any) -> None:
         ("-listen-qemu unix:///run/q,1", ["qemu:/run/q,,1,once=on"]),
         ("-listen-qemu tcp://127.0.0.1:1234", ["qemu:tcp:127.0.0.1:1234,once=on"]),
         ("-listen-bess unixpacket:///run/b", ["bess:/run/b,once=on"]),
-        ("-listen-vfkit unixgram:///run/v", ["unixgram:/run/v"]),
-        ("-listen-vpnkit unix:///run/k -listen-vfkit unixgram:///run/v", ["vmnet:/run/k", "unixgram:/run/v"]),
+        ("-listen-vfkit unixgram:///run/v", ["unixgram:/run/v,once=on"]),
+        ("-listen-vpnkit unix:///run/k -listen-vfkit unixgram:///run/v", ["vmnet:/run/k", "unixgram:/run/v,once=on"]),
         ("-listen-vpnkit vsock://null:1024/run", ["vmnet:/run/00000002.00000400"]),
         ("-listen-stdio accept", ["stdio:"]),
         ("-listen unix:///run/api", []),
@@ -213,7 +215,7 @@ def file(tmp_path: Path) -> Path:
 def test_a_file(file: Path) -> None:
     found, said = asked("-config", str(file))
     network = found.network
-    assert shown(found.links) == ["unixgram:/run/v"]
+    assert shown(found.links) == ["unixgram:/run/v,once=on"]
     assert (network.subnet, network.gateway, network.host_alias) == ("10.9.0.0/24", "10.9.0.1", "10.9.0.200")
     assert network.gateway_aliases == ("10.9.0.201",)
     assert (network.mtu, network.gateway_mac, network.search) == (9000, "02:00:00:00:00:01", ("corp.example",))
@@ -397,8 +399,7 @@ def test_as_podman_starts_it(directory: Path) -> None:
     notes = Notes(directory / "note")
     key = directory / "key"
     key.touch(0o600)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        ssh = free.getsockname()[1]
+    ssh, published = free_port(), free_port()
     pid_file = directory / "pid"
     words = f"-mtu 1500 -ssh-port {ssh} -listen-qemu unix://{directory}/q -services unix://{directory}/api"
     words += f" -forward-sock {directory}/podman.sock -forward-dest /run/podman/podman.sock -forward-user core"
@@ -411,7 +412,7 @@ def test_as_podman_starts_it(directory: Path) -> None:
             assert guest.asks("gateway.containers.internal") == (0, [GATEWAY])
             assert guest.asks("host.docker.internal") == (0, [HOST])
             assert guest.asks("nothing.containers.internal") == (dnslib.RCODE.NXDOMAIN, [])
-            asks = {"local": f"0.0.0.0:{ssh + 1 if ssh < 65535 else 1025}", "remote": ":80", "protocol": "tcp"}
+            asks = {"local": f"0.0.0.0:{published}", "remote": ":80", "protocol": "tcp"}
             assert guest.posts("/services/forwarder/expose", asks).startswith(b"HTTP/1.0 200")
             with contextlib.closing(Api(directory / "api")) as api:
                 listed = api.ask("GET", "/services/forwarder/all")
@@ -436,7 +437,8 @@ def test_as_podman_starts_it(directory: Path) -> None:
         notes.close()
 
 
-def test_a_machine_of_vfkit_and_an_end_by_signal(directory: Path) -> None:
+@pytest.mark.parametrize("how", ["signal", "gone"])
+def test_a_machine_of_vfkit_and_the_end(directory: Path, how: str) -> None:
     with (
         started(directory, "-listen-vfkit", f"unixgram://{directory}/v", "-ssh-port", "-1") as process,
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as guest,
@@ -448,7 +450,11 @@ def test_a_machine_of_vfkit_and_an_end_by_signal(directory: Path) -> None:
         question = packets.arp(1, mac, own, bytes(6), packets.ip(GATEWAY))
         guest.send(packets.ether(b"\xff" * 6, mac, packets.ARP, question))
         assert guest.recv(2000)[22:32] == bytes.fromhex("5a94efe40cdd") + packets.ip(GATEWAY)
-        process.send_signal(signal.SIGTERM)
+        if how == "signal":
+            process.send_signal(signal.SIGTERM)
+        else:  # noticed by what is sent to it in vain
+            guest.send(packets.ether(b"\xff" * 6, mac, packets.ARP, question))
+            guest.close()
         assert process.wait(3 * LIMIT_S) == 0
 
 
@@ -473,7 +479,7 @@ def test_gvforwarder_by_the_api_alone(directory: Path) -> None:
 def test_what_prevents_a_start_is_told_with_status_1(directory: Path) -> None:
     (directory / "q").write_text("a file")
     run = subprocess.run(
-        [program(directory, "gvproxy"), "-listen-qemu", f"unix://{directory}/q"],
+        [program(directory, "gvproxy"), "-ssh-port", "-1", "-listen-qemu", f"unix://{directory}/q"],
         capture_output=True,
         text=True,
         timeout=60,

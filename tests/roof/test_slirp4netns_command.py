@@ -21,6 +21,7 @@ from pyvpnkit.config import BY_KEY
 from pyvpnkit.service import Service
 from pyvpnkit.slirp4netns import command
 from pyvpnkit.slirp4netns.api import Api
+from tests.support.ports import free_port
 from vm.accepting import Acceptor
 
 GREPPED = (
@@ -151,13 +152,8 @@ def ask(api: Api, command: str, **arguments: Any) -> Any:
     return api.answer(json.dumps({"execute": command, "arguments": arguments}).encode())
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as made:
-        return int(made.getsockname()[1])
-
-
 def test_forwards_come_are_listed_and_go(api: Api, registry: Registry) -> None:
-    first, second = free_port(), free_port()
+    first, second = free_port(), free_port(socket.SOCK_DGRAM)
     assert ask(api, "add_hostfwd", proto="tcp", host_addr="127.0.0.1", host_port=first, guest_port=80) == {
         "return": {"id": 1}
     }
