@@ -320,8 +320,8 @@ class Attachments:
                 sock,
                 spec.label,
                 spec.mtu or self._mtu,
-                appeared=self._appeared,
-                gone=self._vanished_for_good if spec.once else self._vanished,
+                appeared=self._appeared_once if spec.once else self._appeared,
+                gone=self._vanished,
                 counters=self._counters,
                 label=lambda: self._name(spec),
             )
@@ -337,14 +337,20 @@ class Attachments:
             else:
                 link.close()
 
+    def _appeared_once(self, link: Any) -> None:
+        self._appeared(link)
+        attached = self._attached.get(id(bare(link)))
+        if attached is not None:
+            self._start(self._over_with(attached))
+
+    async def _over_with(self, attached: _Attached) -> None:
+        await attached.ended.wait()
+        self._exhausted()
+
     def _vanished(self, link: Any, reason: str) -> None:
         attached = self._attached.get(id(link))
         if attached is not None:
             self._end(attached, reason)
-
-    def _vanished_for_good(self, link: Any, reason: str) -> None:
-        self._vanished(link, reason)
-        self._exhausted()
 
     async def _accept(self, spec: LinkSpec, door: socket.socket, *, checked: bool) -> None:
         loop = asyncio.get_running_loop()

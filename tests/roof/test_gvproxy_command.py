@@ -440,7 +440,9 @@ def test_as_podman_starts_it(directory: Path) -> None:
 @pytest.mark.parametrize("how", ["signal", "gone"])
 def test_a_machine_of_vfkit_and_the_end(directory: Path, how: str) -> None:
     with (
-        started(directory, "-listen-vfkit", f"unixgram://{directory}/v", "-ssh-port", "-1") as process,
+        started(
+            directory, "-listen-vfkit", f"unixgram://{directory}/v", "-ssh-port", str(ssh := free_port())
+        ) as process,
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as guest,
     ):
         guest.bind(str(directory / "vfkit-1.sock"))
@@ -453,8 +455,8 @@ def test_a_machine_of_vfkit_and_the_end(directory: Path, how: str) -> None:
         if how == "signal":
             process.send_signal(signal.SIGTERM)
         else:  # noticed by what is sent to it in vain
-            guest.send(packets.ether(b"\xff" * 6, mac, packets.ARP, question))
             guest.close()
+            socket.create_connection(("127.0.0.1", ssh), LIMIT_S).close()
         assert process.wait(3 * LIMIT_S) == 0
 
 
