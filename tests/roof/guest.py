@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import dnslib
+
 from tests.support import packets
 
 BROADCAST = b"\xff" * 6
@@ -114,6 +116,16 @@ class StreamGuest:
             )
         )
         return self.address
+
+    # DNS.
+
+    def asks(self, name: str) -> tuple[int, list[str]]:
+        """What the gateway says of a name: the code, and addresses."""
+        question = dnslib.DNSRecord.question(name).pack()
+        self.send_ip(self.GATEWAY, packets.UDP, packets.udp(self.address, self.GATEWAY, 5353, 53, question))
+        answers = (one.payload for one in self.packets(packets.UDP))
+        found = dnslib.DNSRecord.parse(next(one for one in answers if one[:4] == struct.pack("!HH", 53, 5353))[8:])
+        return found.header.rcode, [str(record.rdata) for record in found.rr]
 
     # TCP, as little as goes.
 

@@ -296,14 +296,6 @@ class Guest(StreamGuest):
     def __init__(self, path: str) -> None:
         super().__init__(path, bytes.fromhex(MAC.replace(":", "")))
 
-    def asks(self, name: str) -> tuple[int, list[str]]:
-        """What the gateway's DNS says of a name: the code, and addresses."""
-        question = dnslib.DNSRecord.question(name).pack()
-        self.send_ip(self.GATEWAY, packets.UDP, packets.udp(self.address, self.GATEWAY, 5353, 53, question))
-        answers = (one.payload for one in self.packets(packets.UDP))
-        found = dnslib.DNSRecord.parse(next(one for one in answers if one[:4] == struct.pack("!HH", 53, 5353))[8:])
-        return found.header.rcode, [str(record.rdata) for record in found.rr]
-
     def posts(self, path: str, body: dict[str, str]) -> bytes:
         """A request of the gateway's port 80; the answer whole."""
         connection = self.connect(self.GATEWAY, 80)
