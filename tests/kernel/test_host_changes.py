@@ -326,6 +326,8 @@ def test_the_stream_of_events_tells_of_it(place: Place) -> None:
                 while VPN_HOST not in told["appeared"]:
                     told = json.loads(reader.stdout.readline())
                 assert "addresses" in told["reasons"] and not told["vanished"]
+                while f"{BOTH}/32 on vpn0" not in told["new_routes"]:  # with the address, or soon after it
+                    told = json.loads(reader.stdout.readline())
                 place.vpn_down()
                 told = json.loads(reader.stdout.readline())
                 while VPN_HOST not in told["vanished"]:
