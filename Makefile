@@ -1,7 +1,8 @@
 # make demo    the tour: installs into .venv, needs no root and no VM
 # make demo-vm the tour with a virtual machine: installs QEMU where it may, boots a kernel of Debian (on x86-64)
 # make demo-vpn a VPN of the host comes and goes under a working guest; needs no root and no VM either
-# make test    everything: installs what the tests use (Debian, Ubuntu), runs them, PROCESSES files at a time
+# make test    everything: installs what the tests use (Debian, Ubuntu), runs them, PROCESSES files at a time; what fails so,
+#              on a machine that is busy with another test, has to pass alone
 # make lint    ruff and mypy
 # make bench   the benchmarks; takes minutes, wants root and an idle machine
 # make fuzz    the fuzz targets, FUZZ_SECONDS each
@@ -33,7 +34,8 @@ demo-vpn: $(VENV)/.installed
 	$(BIN)/pyvpnkit demo --vpn
 
 test: packages dev
-	$(BIN)/python -m pytest -n $(PROCESSES) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(PROCESSES) $(PYTEST_ARGS) || { \
+	  echo "once more, alone:"; $(BIN)/python -m pytest --last-failed --last-failed-no-failures none $(PYTEST_ARGS); }
 
 lint: dev
 	$(BIN)/ruff format --check .

@@ -143,6 +143,7 @@ async def _until_stopped(service: Service, stop: _Stop, ready_fd: int | None) ->
         log.info("the last link has ended and none can come any more")
         return
     grace_s = service.settings.network.timeouts.grace_s
+    service.stop_accepting()
     log.info("stopping; flows have %g s to finish", grace_s)
     await first(service.drain(grace_s), stop.twice.wait())
 

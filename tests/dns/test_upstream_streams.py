@@ -228,7 +228,9 @@ async def test_what_is_no_answer_to_the_question_is_passed_over(forge: Callable[
         asker.close()
 
 
-async def test_a_server_that_reads_nothing_is_not_asked_without_end() -> None:  # N2
+async def test_a_server_that_reads_nothing_is_not_asked_without_end(monkeypatch: pytest.MonkeyPatch) -> None:  # N2
+    monkeypatch.setattr(stream_asker, "STALL_S", 60.0)  # else the last ones may go to a second connection
+
     async def deaf(made: Resolver, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await made.ended.wait()
 
