@@ -68,7 +68,7 @@ def talk(how: str, version: dict[str, int], connection: socket.socket, pty: str)
                 events = events[2:] if how == "gives-up" else events
             case "query-status":
                 answer = {"return": {"running": False, "status": "internal-error" if how == "gives-up" else "paused"}}
-            case "system_powerdown":
+            case "system_powerdown" if how != "hangs":
                 say({"event": "POWERDOWN", "timestamp": {}})
                 say({"event": "RESET", "data": {"guest": True, "reason": "guest-reset"}})
                 say({"event": "GUEST_PANICKED", "data": {"action": "poweroff"}})
