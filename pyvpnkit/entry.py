@@ -43,7 +43,7 @@ def _fill_standard_descriptors() -> None:
     """Who starts us may have closed some of the first three. Anything else of that number would be written to, and libuv ends
     the process that closes one."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
+        os.set_inheritable(descriptor, True)  # our children are to have them, too
     os.close(descriptor)
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:  # `sys.__stdin__` and so on stay None, for who wants to know
@@ -51,6 +51,6 @@ def _fill_standard_descriptors() -> None:
 
 
 def run() -> None:
-    """The console script; by the name of `vpnkit` or `gvproxy`, as a symlink gives it, it is that one's command line."""
+    """The console script; by the name of one of `STAND_INS`, as a symlink gives it, it is that one's command line."""
     called = os.path.basename(sys.argv[0])
     sys.exit(main([called, *sys.argv[1:]] if called in STAND_INS else sys.argv[1:]))

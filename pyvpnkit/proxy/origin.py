@@ -61,11 +61,11 @@ class Outside:
         self._egress = egress
         self._sockets = sockets
         self._alias = network.host_alias_bytes
-        self._gateway = network.gateway_bytes
+        self._own_addresses = network.own_addresses
         self._here: dict[Upstream, tuple[float, bool]] = {}
         self._unknown: dict[str, float] = {}
         """Names that the host's resolver did not know, and until when that is believed."""
-        self.own = {name.lower().rstrip("."): self._gateway for name in network.gateway_names}
+        self.own = {name.lower().rstrip("."): network.gateway_bytes for name in network.gateway_names}
         if self._alias is not None:
             self.own |= {name.lower().rstrip("."): self._alias for name in network.host_names}
         self._resolve = resolve if resolve is not None else Names().look_up
@@ -76,7 +76,7 @@ class Outside:
         """Whether the network itself has this host, so that no proxy outside could reach it."""
         address = literal(host)
         if address is not None:
-            return address.packed in (self._alias, self._gateway)
+            return address.packed in self._own_addresses
         return host.lower().rstrip(".") in self.own
 
     async def addresses(self, host: str) -> Sequence[bytes]:

@@ -367,14 +367,14 @@ def test_a_machine_is_forgotten_when_it_is_down(shell: Shell) -> None:
     assert (refused.status, refused.err) == (1, "pyvpnkit: box is up; take it down first: pyvpnkit vm down box\n")
     assert shell("status", "box").status == 0
     shell("down", "box")
-    (home.path / "disk.img").touch()
+    (home.path / "disk.json").touch()
     kept = shell("rm", "box")
     assert kept.status == 1
-    assert "disk.img" in kept.out
-    assert os.listdir(home.path) == ["disk.img"]
+    assert "disk.json" in kept.out
+    assert os.listdir(home.path) == ["disk.json"]
     assert shell("rm", "box").status == 2  # there is none now
     assert shell("up", "box.yml").status == 2  # not into a directory with other things in it
-    (home.path / "disk.img").unlink()
+    (home.path / "disk.json").unlink()
     assert shell("up", "box.yml").status == 0
     assert shell("down", "box").status == 0
     gone = shell("rm", "box.yml")

@@ -38,8 +38,10 @@ REAP_S: Final = 2.0
 """How long a process of a killed supervisor may take to end before it is killed."""
 KILL_S: Final = 10.0
 """And how long after that."""
-MADE: Final = ("boot", "efi-variables", "hyperkit.pid", "log", "network", "run", "vsock")
-"""What else than the lock, JSON, logs and sockets is made here."""
+MADE: Final = frozenset({"boot", "efi-variables", "hyperkit.pid", "log", "network", "run", "vsock"}) | {
+    f"{name}.json{new}" for name in ("machine", "identity", "result", "published", "fake-lives") for new in ("", ".new")
+}
+"""What else than the lock, the console's log and sockets is made here."""
 _ULA: Final = uuid.UUID("6f2b8a5e-0d0c-5c55-9d44-4f6d2b6f0a11")
 """Our own namespace for `uuid5`."""
 
@@ -234,11 +236,7 @@ class Home:
                 if path.is_dir() and not path.is_symlink():
                     if path.name in MADE:
                         shutil.rmtree(path)
-                elif (
-                    path.name in MADE
-                    or path.name.endswith((".json", ".json.new"))
-                    or path.name.startswith("console.log")
-                ):
+                elif path.name in MADE or path.name.startswith("console.log"):
                     path.unlink()
             left = sorted(path.name for path in _entries(self.path) if path != self.state.lock)
             self.state.lock.unlink(missing_ok=True)
