@@ -7,6 +7,7 @@ import re
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any, Final
 from urllib.parse import quote
@@ -106,7 +107,7 @@ class Translation:
 
     def _each(self, name: str, items: Any, step: Callable[[Any], None]) -> None:
         for item in items:
-            self._tried(name, lambda item=item: step(item))  # type: ignore[misc]
+            self._tried(name, partial(step, item))
 
     # Addresses.
 
@@ -173,7 +174,7 @@ class Translation:
             if first in wanted.links and second in wanted.links:
                 self.complaints.append(f"listen-{second}: cannot be had beside -listen-{first}; leave one of them out")
         for kind, url in wanted.links.items():
-            self._tried(f"listen-{kind}", lambda kind=kind, url=url: self._link(kind, url))  # type: ignore[misc]
+            self._tried(f"listen-{kind}", partial(self._link, kind, url))
         self._each("listen", wanted.listen, self._listen)
         if not wanted.links and not wanted.listen:
             self.complaints.append(
