@@ -90,10 +90,21 @@ class Vsudd:
             if isinstance(one.at, str):
                 self._paths.append(one.at)
 
+    def wake_on_signals(self) -> None:
+        """For the main thread: a signal that comes just before `select` would else not be handled until the next caller."""
+        woken, wakes = socket.socketpair()
+        for sock in (woken, wakes):
+            sock.setblocking(False)
+        signal.set_wakeup_fd(wakes.detach(), warn_on_full_buffer=False)
+        self._selector.register(woken, selectors.EVENT_READ)
+
     def run(self) -> NoReturn:
         while True:
             for key, _ in self._selector.select():
                 assert isinstance(key.fileobj, socket.socket)
+                if key.data is None:
+                    key.fileobj.recv(CHUNK)  # the signal's handler runs by itself
+                    continue
                 try:
                     peer, _ = key.fileobj.accept()
                     peer.setblocking(True)
@@ -208,6 +219,7 @@ def main(argv: list[str] | None = None) -> int:
             with open(given.pidfile, "w") as file:
                 file.write(f"{os.getpid()}\n")
         print(f"vsudd: serving {', '.join(f'{one.at} by {one.path}' for one in inports)}", file=sys.stderr, flush=True)
+        serving.wake_on_signals()
         serving.run()
     finally:
         serving.close()
