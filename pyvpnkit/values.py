@@ -220,3 +220,8 @@ def meant(word: str, choices: Iterable[str]) -> str:
 
     close = get_close_matches(word, list(choices), n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def path(text: str) -> str:
+    """A path as other programs are given it, in a form that no setting takes for a word such as `off`, or a link's scheme."""
+    return text if text.startswith("/") else f"./{text}"

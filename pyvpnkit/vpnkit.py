@@ -21,7 +21,7 @@ from ipaddress import IPv4Address, IPv4Network
 from typing import Final
 
 from netstack.errors import ConfigError, Malformed, NetstackError
-from pyvpnkit import cmdliner, dhcp_file, loader
+from pyvpnkit import cmdliner, dhcp_file, loader, values
 from pyvpnkit.cmdliner import Line
 from pyvpnkit.config import BY_KEY, Settings
 
@@ -141,7 +141,7 @@ class Translation:
                 self._plain(name, key, text)
         for name, key in _FILES.items():
             if (text := line.last(name)) is not None:
-                self._give(name, key, _path(text) if text else "off")
+                self._give(name, key, values.path(text) if text else "off")
         if line.last("dns"):
             self.given["dns.resolvers"] = ["file"]
         self._addresses()
@@ -186,7 +186,7 @@ class Translation:
         elif text.startswith("\\\\"):
             self._complain(name, f"{text}: named pipes are Windows'; {forms}")
         else:
-            return _path(text)
+            return values.path(text)
         return None
 
     def _ethernet(self) -> None:
@@ -304,11 +304,6 @@ class Translation:
             self._complain(name, f"{text!r} is not a whole number")
             return None
         return int(text)
-
-
-def _path(text: str) -> str:
-    """A path that no setting takes for a word such as `off`, or a link's scheme."""
-    return text if text.startswith("/") else f"./{text}"
 
 
 def smallest(addresses: Sequence[IPv4Address]) -> IPv4Network | None:

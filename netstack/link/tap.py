@@ -197,7 +197,14 @@ def _set_up(fd: int, ifname: str, *, vnet: bool, mtu: int, mac: bytes | None) ->
         if mac is not None:
             fcntl.ioctl(control, _SIOCSIFHWADDR, struct.pack("16sH6s8x", ifname.encode(), 1, mac))
         fcntl.ioctl(control, _SIOCSIFMTU, struct.pack("16si12x", ifname.encode(), mtu))
-        flags = struct.unpack_from(
-            "16sH", fcntl.ioctl(control, _SIOCGIFFLAGS, struct.pack("16sH14x", ifname.encode(), 0))
-        )[1]
-        fcntl.ioctl(control, _SIOCSIFFLAGS, struct.pack("16sH14x", ifname.encode(), flags | _IFF_UP))
+        bring_up(control, ifname)
+
+
+def bring_up(control: socket.socket, ifname: str) -> None:
+    """Bring an interface up, in the network namespace of `control`, an IPv4 socket. Raises `OSError`."""
+    import fcntl
+
+    flags = struct.unpack_from("16sH", fcntl.ioctl(control, _SIOCGIFFLAGS, struct.pack("16sH14x", ifname.encode(), 0)))[
+        1
+    ]
+    fcntl.ioctl(control, _SIOCSIFFLAGS, struct.pack("16sH14x", ifname.encode(), flags | _IFF_UP))

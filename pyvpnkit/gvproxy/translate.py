@@ -15,7 +15,7 @@ from urllib.parse import quote
 from dns.zones import Zone
 from netstack.errors import ConfigError
 from netstack.settings import parse_mac
-from pyvpnkit import loader
+from pyvpnkit import loader, values
 from pyvpnkit.config import BY_KEY, Settings
 from pyvpnkit.gvproxy.wanted import GATEWAY_MAC, MTU, SUBNET, Tunnel, Wanted
 
@@ -77,7 +77,7 @@ class Translation:
         )
         self._tried("log-level", lambda: self._give("log_level", wanted.log_level))
         if path := self._stack.get("capture-file"):
-            self._give("capture.file", _path(path))
+            self._give("capture.file", values.path(path))
         if wanted.ec2:
             self._give("network.allow", METADATA)
         self._links()
@@ -276,11 +276,6 @@ def _place(kind: str, url: str) -> tuple[str, str]:
     if not where.startswith("/"):
         raise ConfigError(f"{url!r}: the path must be absolute; write {_FORMS[kind]}")
     return scheme, where
-
-
-def _path(text: str) -> str:
-    """A path that no setting takes for a word such as `off`."""
-    return text if text.startswith("/") else f"./{text}"
 
 
 def settings(wanted: Wanted) -> tuple[Settings, Translation]:

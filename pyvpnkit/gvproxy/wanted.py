@@ -205,9 +205,9 @@ def read(path: str) -> Wanted:
     found.notes += [
         f"-config {path}: interfaces.{kind} is not known and passed over" for kind in links if kind not in LINKS
     ]
-    found.listen = [_text(path, "listen", url) for url in top.get("listen", ())] + [
-        top[key] for key in ("services",) if top.get(key)
-    ]
+    found.listen = [_text(path, "listen", url) for url in top.get("listen", ())]
+    if services := top.get("services"):
+        found.listen.append(services)
     for one in top.get("forwards", ()):
         words = one if isinstance(one, dict) else {}
         found.tunnels.append(

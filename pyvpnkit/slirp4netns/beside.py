@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import ctypes
+import fcntl
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ from typing import Final
 from netstack.errors import ConfigError, HostError
 from netstack.link.listening import UnixSocket
 from netstack.link.namespace import namespace_paths, open_inside
+from netstack.link.tap import bring_up
 from pyvpnkit.service import Service
 from pyvpnkit.slirp4netns.api import Api
 from pyvpnkit.slirp4netns.command import guest_of, network_of
@@ -26,24 +28,17 @@ CLIENTS: Final = 16
 """Of the API, at once."""
 
 _SIOCADDRT: Final = 0x890B
-_SIOCGIFFLAGS: Final = 0x8913
-_SIOCSIFFLAGS: Final = 0x8914
 _SIOCSIFADDR: Final = 0x8916
 _SIOCSIFNETMASK: Final = 0x891C
-_IFF_UP: Final = 1
 _RTF_UP_GATEWAY: Final = 3
 _PR_SET_NO_NEW_PRIVS: Final = 38
 _CAP_NET_BIND_SERVICE: Final = 1 << 10
 _CAPABILITIES: Final = 0x20080522  # _LINUX_CAPABILITY_VERSION_3
 
 
-def beside(parsed: argparse.Namespace, service: Service) -> contextlib.AbstractAsyncContextManager[None]:
-    """`pyvpnkit.daemon.Beside`."""
-    return _running(parsed, service)
-
-
 @contextlib.asynccontextmanager
-async def _running(parsed: argparse.Namespace, service: Service) -> AsyncIterator[None]:
+async def beside(parsed: argparse.Namespace, service: Service) -> AsyncIterator[None]:
+    """`pyvpnkit.daemon.Beside`. Raises `ConfigError` and `HostError`."""
     network = network_of(parsed.cidr)
     async with contextlib.AsyncExitStack() as undo:
         if parsed.configure and parsed.netns_type != "tapfd" and parsed.target_type == "netns":
@@ -65,10 +60,9 @@ def configure(parsed: argparse.Namespace, network: IPv4Network) -> None:
 
     def task() -> int:
         made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        _up(made, "lo")
+        bring_up(made, "lo")
         _set_address(made, _SIOCSIFADDR, parsed.tap, guest_of(network))
         _set_address(made, _SIOCSIFNETMASK, parsed.tap, network.netmask)
-        _up(made, parsed.tap)
         _default_route(made, network.network_address + 2)
         return made.detach()
 
@@ -80,31 +74,19 @@ def configure(parsed: argparse.Namespace, network: IPv4Network) -> None:
         raise HostError(f"--configure: {parsed.tap}: {error}") from None
 
 
-def _ioctl(sock: socket.socket, request: int, argument: bytes) -> bytes:
-    import fcntl
-
-    return fcntl.ioctl(sock, request, argument)
-
-
 def _sockaddr(address: IPv4Address) -> bytes:
     return struct.pack("=HH4s8x", socket.AF_INET, 0, address.packed)
 
 
-def _up(sock: socket.socket, name: str) -> None:
-    request = struct.pack("16sh22x", name.encode(), 0)
-    flags = struct.unpack_from("16sh", _ioctl(sock, _SIOCGIFFLAGS, request))[1]
-    _ioctl(sock, _SIOCSIFFLAGS, struct.pack("16sh22x", name.encode(), flags | _IFF_UP))
-
-
 def _set_address(sock: socket.socket, request: int, name: str, address: IPv4Address) -> None:
-    _ioctl(sock, request, struct.pack("16s16s8x", name.encode(), _sockaddr(address)))
+    fcntl.ioctl(sock, request, struct.pack("16s16s8x", name.encode(), _sockaddr(address)))
 
 
 def _default_route(sock: socket.socket, gateway: IPv4Address) -> None:
     """struct rtentry of <linux/route.h>, on 64 and 32 bits alike: native sizes and alignment."""
     nowhere = _sockaddr(IPv4Address(0))
     entry = struct.pack("@L16s16s16sHhLPhP4x", 0, nowhere, _sockaddr(gateway), nowhere, _RTF_UP_GATEWAY, 0, 0, 0, 0, 0)
-    _ioctl(sock, _SIOCADDRT, entry.ljust(128, b"\0"))
+    fcntl.ioctl(sock, _SIOCADDRT, entry.ljust(128, b"\0"))
 
 
 def _end_with(descriptor: int) -> None:

@@ -20,7 +20,7 @@ from ipaddress import IPv4Address, IPv4Network
 from typing import Final, NoReturn
 
 from netstack.errors import ConfigError, NetstackError
-from netstack.settings import parse_mac
+from netstack.settings import format_mac
 from pyvpnkit import loader
 from pyvpnkit.config import Settings
 
@@ -111,7 +111,7 @@ def settings(parsed: argparse.Namespace) -> Settings:
         "network.subnet": [str(network)],
         "network.gateway": [str(gateway)],
         "network.host_alias": ["off" if parsed.disable_host_loopback else str(gateway)],
-        "network.gateway_mac": [(b"\x52\x55" + gateway.packed).hex(":")],
+        "network.gateway_mac": [format_mac(b"\x52\x55" + gateway.packed)],
         "network.pool_first": [str(first + 15)],
         "network.pool_last": [str(first + 30)],
         "network.mtu": [str(min(parsed.mtu, MAX_MTU) if parsed.mtu <= MAX_MTU + 1 else parsed.mtu)],
@@ -129,13 +129,9 @@ def _link(parsed: argparse.Namespace) -> str:
     if parsed.netns_type == "tapfd":
         return f"fd:{target},kind=tap"
     where = f"pid={target}" if parsed.netns_type == "pid" else f"netns={os.path.abspath(target)}"
-    options = {"ifname": parsed.tap, "mac": _mac(parsed.macaddress), "userns": parsed.userns_path}
+    options = {"ifname": parsed.tap, "mac": parsed.macaddress, "userns": parsed.userns_path}
     said = (f",{key}={value.replace(',', ',,')}" for key, value in options.items() if value)
     return f"tap:{where}{''.join(said)}"
-
-
-def _mac(text: str | None) -> str | None:
-    return None if text is None else parse_mac(text).hex(":")
 
 
 def main(argv: Sequence[str]) -> int:
