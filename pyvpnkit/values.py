@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import ipaddress
+import os
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
@@ -225,3 +226,10 @@ def meant(word: str, choices: Iterable[str]) -> str:
 def path(text: str) -> str:
     """A path as other programs are given it, in a form that no setting takes for a word such as `off`, or a link's scheme."""
     return text if text.startswith("/") else f"./{text}"
+
+
+def hyperkit_path(directory: str, port: int) -> str:
+    """Where HyperKit has what its guest dials at the host's vsock `port`."""
+    from vm.vsock.api.hyperkit import guest_dials  # by need: hardly anybody has it
+
+    return os.path.join(directory, guest_dials(port))

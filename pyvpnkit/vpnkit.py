@@ -177,7 +177,7 @@ class Translation:
         if re.fullmatch(r"fd:\d{1,9}", text, re.ASCII):
             return text
         if (found := _HYPERKIT.fullmatch(text)) is not None and int(found[1]) < 1 << 32:
-            return os.path.join(found[2], f"00000002.{int(found[1]):08x}")
+            return values.hyperkit_path(found[2], int(found[1]))
         forms = "write a path, fd:N or hyperkit://:PORT/DIR"
         if not text or text.startswith("fd:") or text.lower().startswith("hyperkit:"):
             self._complain(name, f"{text!r} is no address; {forms}")

@@ -262,9 +262,7 @@ class Translation:
 def _place(kind: str, url: str) -> tuple[str, str]:
     """Scheme and path, or `IP:PORT`. Raises `ConfigError`."""
     if (found := _VSOCK.fullmatch(url)) is not None and int(found[1]) < 1 << 32 and kind in ("listen", "vpnkit"):
-        return "unix", os.path.join(
-            found[2], f"00000002.{int(found[1]):08x}"
-        )  # HyperKit's: what the guest dials at CID 2
+        return "unix", values.hyperkit_path(found[2], int(found[1]))
     scheme, separator, where = url.partition("://")
     if not separator or not where:
         raise ConfigError(f"{url!r}: write {_FORMS[kind]}")
